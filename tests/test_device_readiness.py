@@ -1,0 +1,86 @@
+"""One step of every trainer on the meta device, and the helper itself on steps that cheat."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from device import LeftTheDevice, assert_stays_on_device
+
+from lib.ensemble import Ensemble
+from lib.networks import conv_net, mlp, softmax_mean_square, split_parameters
+from lib.optimizers import SGD
+from lib.training import Batches, train_step
+
+RUNS = 3
+
+
+def networks(batch_norm):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "one layer": lambda: mlp((64, 10), generator, batch_norm=batch_norm),
+        "mlp": lambda: mlp((64, 12, 10), generator, batch_norm=batch_norm),
+        "conv": lambda: conv_net((1, 8, 8), (6,), generator, channels=(2, 3), batch_norm=batch_norm),
+    }
+
+
+def sgd(part, rates):
+    weights, normalization = split_parameters(part)
+    groups = [{"params": weights, "lr": rates[part.runs]}]
+    return SGD([*groups, {"params": normalization, "lr": 0.1}] if normalization else groups, lr=0.1)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, softmax_mean_square])
+@pytest.mark.parametrize("seed", [0, (1, 2, 3)], ids=["shared order", "own order"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", ["one layer", "mlp", "conv"])
+def test_a_training_step_stays_on_its_device(name, batch_norm, seed, loss):
+    ensemble = Ensemble([networks(batch_norm)[name]() for _ in range(RUNS)]).to("meta")
+    shape = (40, 1, 8, 8) if name == "conv" else (40, 64)
+    batches = Batches(
+        torch.empty(shape, device="meta"), torch.zeros(40, dtype=torch.int64, device="meta"), 10, seed
+    )
+    optimizer = sgd(ensemble, torch.ones(RUNS, device="meta"))
+    alive = torch.ones(RUNS, dtype=torch.bool, device="meta")
+    order = batches.order(0, range(RUNS))  # drawn on the CPU, once in an epoch
+
+    def step():
+        inputs, targets = batches.take(order[1])
+        return train_step(ensemble, optimizer, loss, inputs, targets, alive, per_run=batches.per_run)
+
+    assert_stays_on_device(step)
+
+
+def test_the_check_catches_a_value_that_is_read():
+    x = torch.ones(3, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        assert_stays_on_device(lambda: x.sum().item())
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        assert_stays_on_device(lambda: x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        lambda x: x * torch.tensor(2.0),  # a 0-dim CPU tensor, which meta accepts
+        lambda x: x[torch.tensor([0, 1])],  # a CPU index, which meta accepts
+        lambda x: x + torch.ones(3).to("meta"),  # a transfer in the middle of a step
+    ],
+    ids=["scalar", "index", "transfer"],
+)
+def test_the_check_catches_cpu_tensors(cheat):
+    x = torch.ones(3, device="meta")
+    with pytest.raises(LeftTheDevice):
+        assert_stays_on_device(lambda: cheat(x))
+
+
+def test_a_loss_that_reads_a_value_is_caught():
+    ensemble = Ensemble([mlp((4, 2), torch.Generator()) for _ in range(2)]).to("meta")
+    x, y = torch.empty(5, 4, device="meta"), torch.zeros(5, dtype=torch.int64, device="meta")
+    optimizer = SGD(ensemble.parameters(), lr=0.1)
+    alive = torch.ones(2, dtype=torch.bool, device="meta")
+
+    def impatient(outputs, targets):
+        loss = F.cross_entropy(outputs, targets)
+        return loss if float(loss) < 10 else loss / 2
+
+    with pytest.raises(RuntimeError):
+        assert_stays_on_device(lambda: train_step(ensemble, optimizer, impatient, x, y, alive))
