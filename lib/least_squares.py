@@ -287,3 +287,180 @@ def _check_spectrum(dimension: int, condition_number: float) -> None:
         raise ValueError(f"dimension must be a whole number, at least 1, got {dimension!r}")
     if not condition_number >= 1:
         raise ValueError(f"condition_number must be at least 1, got {condition_number!r}")
+
+
+def normalized_objective(
+    covariance: Tensor, correlation: Tensor, second_moment: Tensor, a: Tensor, w: Tensor
+) -> Tensor:
+    r"""The objective (7), :math:`J(a,w)=\frac c2-\frac{w^Tg}\sigma a+\frac12a^2`, for any positive definite H.
+
+    ``covariance`` H ``(..., d, d)``; ``correlation`` g and ``w`` ``(..., d)``; ``second_moment`` c and ``a`` ``(...)``.
+    """
+    sigma = torch.linalg.vecdot(w, torch.linalg.vecdot(covariance, w.unsqueeze(-2))).sqrt()
+    return second_moment / 2 - torch.linalg.vecdot(w, correlation) / sigma * a + a**2 / 2
+
+
+def objective_hessian(covariance: Tensor, correlation: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    r"""The Hessian (19)-(21) of (7) in the variables (a, w); shape ``(..., d+1, d+1)``, arguments as in
+    :func:`normalized_objective`.
+
+    Blocks 1, :math:`A_{21}=-\frac1\sigma(g-\frac y{\sigma^2}Hw)` and :math:`A_{22}=\frac a{\sigma^3}[yH+Hw\,g^T+g(Hw)^T
+    -\frac{3y}{\sigma^2}Hw(Hw)^T]`. The paper factors y out of the last one, which needs :math:`y\ne0`.
+    """
+    Hw = torch.linalg.vecdot(covariance, w.unsqueeze(-2))
+    sigma = torch.linalg.vecdot(w, Hw).sqrt()[..., None, None]
+    y = torch.linalg.vecdot(w, correlation)[..., None, None]
+    g, Hw = correlation.unsqueeze(-1), Hw.unsqueeze(-1)
+    corner = -(g - y / sigma**2 * Hw) / sigma
+    bracket = y * covariance + Hw @ g.mT + g @ Hw.mT - 3 * y / sigma**2 * (Hw @ Hw.mT)
+    lower = torch.cat([corner, a[..., None, None] / sigma**3 * bracket], -1)
+    upper = torch.cat([torch.ones_like(sigma), corner.mT], -1)
+    return torch.cat([upper, lower], -2)
+
+
+def dense_bngd(
+    covariance: Tensor,
+    correlation: Tensor,
+    a: Tensor,
+    w: Tensor,
+    step_a: Tensor | float,
+    step: Tensor | float,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    r"""Iterates 0 to ``steps`` of (9)-(10) for any positive definite H, where :func:`bngd` needs a diagonal one.
+
+    Arguments as in :func:`normalized_objective`, ``step_a`` and ``step`` numbers or ``(...)``. Returns ``a`` of shape
+    ``(steps + 1, ...)`` and ``w`` of shape ``(steps + 1, ..., d)``.
+    """
+    path_a, path_w = [a], [w]
+    for _ in range(steps):
+        Hw = torch.linalg.vecdot(covariance, w.unsqueeze(-2))
+        sigma_squared = torch.linalg.vecdot(w, Hw)
+        y = torch.linalg.vecdot(w, correlation)
+        c = step * a / sigma_squared.sqrt()
+        w = w + c.unsqueeze(-1) * (correlation - (y / sigma_squared).unsqueeze(-1) * Hw)
+        a = a + step_a * (y / sigma_squared.sqrt() - a)
+        path_a.append(a)
+        path_w.append(w)
+    return torch.stack(path_a), torch.stack(path_w)
+
+
+def loss_bngd(
+    inputs: Tensor,
+    slope: Callable[[Tensor], Tensor],
+    a: Tensor,
+    w: Tensor,
+    step_a: Tensor | float,
+    step: Tensor | float,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    r"""Iterates 0 to ``steps`` of gradient descent on :math:`E[f(y,aN_{BN}(x^Tw))]` (30), for any loss f.
+
+    :math:`a'=a-\varepsilon_a\frac{w^T\tilde h}\sigma`, :math:`w'=w-\varepsilon\frac a\sigma(\tilde h-\frac{w^T\tilde h}
+    {\sigma^2}Hw)` with :math:`\tilde h=E[xf_2'(y,\frac a\sigma x^Tw)]`: (31)-(33) with the signs that descend.
+    ``inputs``: ``(n, d)`` points of mean zero, whose averages are the expectations; ``slope``: from predictions
+    ``(B, n)`` to :math:`f_2'` ``(B, n)``; ``a``: ``(B,)``; ``step_a``, ``step``: ``(B,)`` or numbers; ``w``: ``(B, d)``.
+    Returns ``a`` ``(steps + 1, B)`` and ``w`` ``(steps + 1, B, d)``.
+    """
+    path_a, path_w = [a], [w]
+    for _ in range(steps):
+        outputs = w @ inputs.T
+        Hw = outputs @ inputs / len(inputs)
+        sigma = outputs.square().mean(-1).sqrt()
+        h = slope((a / sigma).unsqueeze(-1) * outputs) @ inputs / len(inputs)
+        along = torch.linalg.vecdot(w, h)
+        move_w = h - (along / sigma**2).unsqueeze(-1) * Hw
+        a, w = a - step_a * along / sigma, w - (step * a / sigma).unsqueeze(-1) * move_w
+        path_a.append(a)
+        path_w.append(w)
+    return torch.stack(path_a), torch.stack(path_w)
+
+
+def equivalence_deviation(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], transform: Tensor, factor: Tensor
+) -> Tensor:
+    r"""How far ``second`` is from :math:`a'_k=ta_k`, :math:`w'_k=Tw_k` for all k (Definition 3.1); shape ``(B,)``.
+
+    The larger of :math:`\max_k|a'_k-ta_k|/\max_k|ta_k|` and :math:`\max_k\|w'_k-Tw_k\|/\|Tw_k\|`; infinite for a run
+    that is not finite. ``first``, ``second``: trajectories ``(a, w)`` of shapes ``(K, B)`` and ``(K, B, d)``;
+    ``transform`` T: ``(B, d, d)`` or ``(d, d)``; ``factor`` t: ``(B,)`` or a number.
+    """
+    a, w = first[0] * factor, torch.linalg.vecdot(transform, first[1].unsqueeze(-2))
+    off_a = (second[0] - a).abs().amax(0) / a.abs().amax(0)
+    off_w = (torch.linalg.vector_norm(second[1] - w, dim=-1) / torch.linalg.vector_norm(w, dim=-1)).amax(0)
+    return torch.nan_to_num(torch.maximum(off_a, off_w), nan=torch.inf)
+
+
+def prescribed_sample(
+    covariance: Tensor, minimizer: Tensor, noise: float, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    r"""``size`` points (x, y) with prescribed averages, exact up to rounding.
+
+    :math:`E[x]=0`, :math:`E[xx^T]=H`, :math:`E[xy]=Hu`, :math:`E[y]=0` and :math:`E[y^2]=u^THu+\text{noise}^2`.
+
+    Gaussian points, centred and made orthonormal by QR, then coloured by a Cholesky factor of H; drawn on the CPU.
+    ``covariance`` ``(..., d, d)``, ``minimizer`` ``(..., d)``. Returns x ``(..., size, d)`` and y ``(..., size)``.
+    Raises ``ValueError`` if ``size`` is below d + 2 (the mean takes one dimension, the noise another).
+    """
+    d = covariance.shape[-1]
+    if size < d + 2:
+        raise ValueError(f"size must be at least d + 2 = {d + 2}, got {size}")
+    white = torch.randn((*minimizer.shape[:-1], size, d + 1), generator=generator, dtype=torch.float64)
+    white = torch.linalg.qr(white - white.mean(-2, keepdim=True)).Q.to(minimizer.device) * size**0.5
+    x = white[..., :d] @ torch.linalg.cholesky(covariance).mT
+    return x, (x @ minimizer.unsqueeze(-1)).squeeze(-1) + noise * white[..., d]
+
+
+def effective_step_bound(problem: LeastSquares, a: Tensor, w: Tensor, step: Tensor | float) -> Tensor:
+    r"""A bound on the effective step now and at all later steps, for :math:`\varepsilon_a\in(0,1]`; below
+    :math:`2/\lambda_{max}` it proves convergence to a global minimizer (the trap lemma of chapter 3).
+
+    :math:`\varepsilon\max(|a|,\sqrt U)\sqrt U\,\varrho(q)/\|w\|^2` where :math:`ay>0`, else infinite, with
+    :math:`\varrho(q)=\min\{1/\lambda_{min},\ (\|u\|+\sqrt{q/\lambda_{min}})^2/(U-q)\}\ge\|w\|^2/\sigma^2`. ``a``: ``(B,)``;
+    ``w``: ``(B, d)``; ``step``: ``(B,)`` or a number. Returns ``(B,)``.
+    """
+    now = observe(problem, a, w, step)
+    U, smallest = problem.energy, problem.eigenvalues.min()
+    farthest = torch.linalg.vector_norm(problem.minimizer, dim=-1) + (now.q / smallest).sqrt()
+    stretch = torch.minimum(1 / smallest, farthest**2 / now.alpha**2)  # U - q = alpha^2
+    bound = step * torch.maximum(a.abs(), U.sqrt()) * U.sqrt() * stretch / torch.linalg.vecdot(w, w)
+    return torch.where(a * now.y > 0, bound, torch.inf)
+
+
+def norm_bound(
+    problem: LeastSquares, a: Tensor, w: Tensor, step_a: Tensor | float, step: Tensor | float
+) -> Tensor:
+    r"""A bound on :math:`\|w_k\|^2` for all k, from the start alone, for :math:`\varepsilon_a\in(0,2)` and every step.
+
+    With :math:`r=|1-\varepsilon_a|`, :math:`A\ge|a_k|`, :math:`B=A+\sqrt U`,
+    :math:`\eta=(1-r)/(\kappa U(5-r))`: :math:`\max\{\|w_0\|^2,\ \varepsilon/\eta+\varepsilon^2A^2\kappa U/\|w_0\|^2\}
+    +\varepsilon(B/\sqrt5+\sqrt{B^2/5+U})^2`. Derived in chapter 3. Shapes as in :func:`effective_step_bound`.
+    """
+    U, kappa = problem.energy, problem.condition_number
+    step_a = torch.as_tensor(step_a, dtype=a.dtype, device=a.device)
+    r = (1 - step_a).abs()
+    A = torch.where(step_a <= 1, torch.maximum(a.abs(), U.sqrt()), a.abs() + step_a * U.sqrt() / (1 - r))
+    B = A + U.sqrt()
+    eta = (1 - r) / (kappa * U * (5 - r))
+    start = torch.linalg.vecdot(w, w)
+    entry = torch.maximum(start, step / eta + step**2 * A**2 * kappa * U / start)
+    return entry + step * (B / 5**0.5 + (B**2 / 5 + U).sqrt()) ** 2
+
+
+def bngd_step_exact(eigenvalues, correlation, a, w, step_a, step, sqrt):
+    r"""One BNGD step (9)-(10) in any arithmetic: ``Fraction``, ``Decimal``, ``mpmath.mpf`` or intervals ``mpmath.iv.mpf``.
+
+    ``eigenvalues``, ``correlation``, ``w``: lists of ``d`` numbers; ``sqrt``: the square root of that arithmetic. Returns
+    ``(a', w', y, sigma)``, the last two at the old iterate.
+
+    >>> from fractions import Fraction as F
+    >>> bngd_step_exact([F(1), F(4)], [F(1), F(4)], F(1), [F(1), F(0)], F(1, 2), F(1), lambda x: x)  # sigma = 1 here
+    (Fraction(1, 1), [Fraction(1, 1), Fraction(4, 1)], Fraction(1, 1), Fraction(1, 1))
+    """
+    Hw = [scale * x for scale, x in zip(eigenvalues, w, strict=True)]
+    sigma_squared = sum(x * h for x, h in zip(w, Hw, strict=True))
+    y = sum(x * g for x, g in zip(w, correlation, strict=True))
+    sigma = sqrt(sigma_squared)
+    c, t = step * a / sigma, y / sigma_squared
+    w_new = [x + c * (g - t * h) for x, g, h in zip(w, correlation, Hw, strict=True)]
+    return a + step_a * (y / sigma - a), w_new, y, sigma

@@ -156,4 +156,5 @@ def softmax_mean_square(logits: Tensor, labels: Tensor) -> Tensor:
     """
     # `F.one_hot` looks for the largest label, which on a GPU waits for the device.
     classes = torch.arange(logits.shape[-1], device=logits.device)
-    return (logits.softmax(-1) - (labels[..., None] == classes)).square().mean()
+    one_hot = (labels[..., None] == classes).to(logits.dtype)
+    return (logits.softmax(-1) - one_hot).square().mean()

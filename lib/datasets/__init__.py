@@ -156,7 +156,7 @@ def _from_places(spec: dict, places: list[cache.Place], tried: list[str] | None)
         path = place.path / spec["file"]
         try:
             return _Found(cache.read(path, spec), f"{path.name} in {place.title}", "cache")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if tried is not None:
                 tried.append(f"{place.title}: no file {path}")
         except (CorruptData, OSError) as error:

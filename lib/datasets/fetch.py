@@ -103,9 +103,7 @@ def _receive(url: str, part: Path, start: int, size: int) -> None:
         headers["Range"] = f"bytes={start}-"
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT) as response:
-        continues = response.status == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {start}-"
-        )
+        continues = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         have = start if continues else 0
         name = url.rsplit("/", 1)[-1]
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name, file=sys.stderr)

@@ -47,9 +47,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, dict])
     for name, want in expected.items():
         array = arrays[name]
         if list(array.shape) != want["shape"] or array.dtype != want["dtype"]:
-            raise CorruptData(
-                f"{name} is {array.dtype} {list(array.shape)}, expected {want['dtype']} {want['shape']}"
-            )
+            raise CorruptData(f"{name} is {array.dtype} {list(array.shape)}, expected {want['dtype']} {want['shape']}")
         check_digest(array, want["sha256"], f"array {name}")
 
 

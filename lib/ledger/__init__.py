@@ -5,6 +5,7 @@ The registry (``book/claims/<chapter>.yml``) lists the claims. A notebook cell h
 input.
 """
 
+from lib.ledger import pages
 from lib.ledger.aggregate import (
     COLUMNS,
     collect,
@@ -48,6 +49,7 @@ __all__ = [
     "equals",
     "load_registry",
     "open_ledger",
+    "pages",
     "published",
     "read",
     "read_table",

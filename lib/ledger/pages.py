@@ -1,0 +1,103 @@
+"""The scoreboard and the errata list, as HTML, from ledger tables (one row a claim)."""
+
+from __future__ import annotations
+
+import html
+
+import pandas as pd
+
+from lib.ledger.cards import MATH, anchor, badge
+from lib.ledger.evidence import CORRECTED, NOT_REPRODUCED, OPEN, PARTLY, REFUTED, VERDICTS
+from lib.ledger.registry import Claim, Registry
+
+CHAPTER_PAGES = {
+    "dbn": "1_dbn", "autorate": "2_autorate", "bngd": "3_bngd", "bsum": "4_bsum", "dsgd": "5_dsgd",
+}  # fmt: skip
+
+
+def link(claim: Claim, text: str | None = None) -> str:
+    """A link to the claim's card on its chapter's page."""
+    page = CHAPTER_PAGES.get(claim.chapter, claim.chapter)
+    return f'<a href="{page}.html#{anchor(claim.id)}">{html.escape(text or claim.id)}</a>'
+
+
+def verdict_label(verdict: str) -> str:
+    """A badge; a verdict that depends on the seed is shown in words, under the label of what is not settled."""
+    return badge(verdict) if verdict in VERDICTS else f"{badge('undecided')} {html.escape(verdict)}"
+
+
+def counts_table(table: pd.DataFrame, registry: Registry) -> str:
+    """Claims by chapter and verdict."""
+    head = [v for v in VERDICTS if (table["verdict"] == v).any()]
+    other = table[~table["verdict"].isin(VERDICTS)]
+    rows = []
+    for chapter in registry.chapters:
+        own = table[table["chapter"] == chapter]
+        cells = "".join(f"<td>{(own['verdict'] == v).sum() or ''}</td>" for v in head)
+        cells += f"<td>{(own.index.isin(other.index)).sum()}</td>" if len(other) else ""
+        page = CHAPTER_PAGES.get(chapter, chapter)
+        rows.append(f'<tr><th scope="row"><a href="{page}.html">{page.replace("_", " ")}</a></th>{cells}'
+                    f"<td>{len(own)}</td></tr>")
+    names = "".join(f'<th scope="col">{badge(v)}</th>' for v in head)
+    names += '<th scope="col">depends on seed</th>' if len(other) else ""
+    return (f'<div style="overflow-x:auto"><table><thead><tr><th scope="col">chapter</th>{names}'
+            f'<th scope="col">claims</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+
+
+def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry) -> str:
+    """Every claim: this build's verdict beside the published one of the largest profile, with links to the evidence."""
+    published = {row.claim: row for row in reference.itertuples() if row.verdict != OPEN}
+    rows = []
+    for row in table.itertuples():
+        claim = registry[row.claim]
+        old = published.get(row.claim)
+        other = f"{verdict_label(old.verdict)} <small>{old.profile}</small>" if old else "–"
+        name = link(claim) if row.verdict != OPEN else claim.id
+        evidence = f"{html.escape(row.measured)} {html.escape(row.threshold)}" if row.measured else ""
+        rows.append(
+            f'<tr data-chapter="{claim.chapter}" data-verdict="{html.escape(row.verdict)}"><td>{verdict_label(row.verdict)}'
+            f"</td><td>{other}</td><td>{html.escape(claim.where)}<br><code>{name}</code></td><td>{claim.weight}</td>"
+            f'<td style="text-align:left">{html.escape(claim.statement)}</td>'
+            f'<td style="text-align:left">{evidence}</td></tr>'
+        )
+    return (f'<div class="{MATH}" style="overflow-x:auto"><table class="filterable"><thead><tr><th scope="col">this build</th>'
+            '<th scope="col">published</th><th scope="col">claim</th><th scope="col">weight</th>'
+            f'<th scope="col">statement</th><th scope="col">evidence</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+
+
+def errata(table: pd.DataFrame, registry: Registry, chapter: str) -> str:
+    """The errata of one paper that evidence bears out, worst first, then those that only reading can show.
+
+    An erratum whose claim is open or undecided is not printed.
+    """
+    severities = ("false", "missing hypothesis", "wrong constant", "typo")
+    verdicts = {row.claim: row for row in table.itertuples()}
+    proved, read = [], []
+    for claim in sorted(registry.of(chapter), key=lambda c: severities.index(c.erratum.severity) if c.erratum else 9):
+        row = verdicts.get(claim.id)
+        if claim.erratum is None or row is None:
+            continue
+        if row.verdict in (CORRECTED, REFUTED, NOT_REPRODUCED, PARTLY):
+            proved.append((claim, row))
+        elif row.verdict == "holds" and claim.erratum.severity == "typo":
+            read.append((claim, row))
+    if not proved and not read:
+        return "<p>No erratum yet: none of this paper's suspected slips has been checked by this build.</p>"
+    return _errata_table("Shown by evidence", proved) + _errata_table("Shown by reading (the statement holds)", read)
+
+
+def _errata_table(title: str, pairs: list) -> str:
+    if not pairs:
+        return ""
+    rows = []
+    for claim, row in pairs:
+        erratum = claim.erratum
+        caveat = f"<br><i>{html.escape(erratum.caveat)}</i>" if erratum.caveat else ""
+        rows.append(f"<tr><td>{html.escape(erratum.severity)}</td><td>{link(claim, claim.where)}</td>"
+                    f'<td style="text-align:left">{html.escape(erratum.printed)}{caveat}</td>'
+                    f'<td style="text-align:left">{html.escape(erratum.corrected)}</td>'
+                    f'<td style="text-align:left">{html.escape(row.measured)} {html.escape(row.threshold)}</td></tr>')
+    return (f'<div class="{MATH}" style="overflow-x:auto"><table><caption style="caption-side:top;text-align:left;'
+            f'font-weight:600">{title}</caption><thead><tr><th scope="col">kind</th><th scope="col">where</th>'
+            '<th scope="col">what is printed</th><th scope="col">what is right</th><th scope="col">the number that shows it'
+            f'</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>')

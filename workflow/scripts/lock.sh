@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Resolve pyproject.toml in a clean environment and write requirements.lock. torch is pinned to one release by name: on
+# Linux the CPU build's version carries a local suffix that no index serves under that name, so it is cut off.
+set -euo pipefail
+torch="torch==2.13.0"
+room=$(mktemp -d)
+trap 'rm -rf "$room"' EXIT
+"${PYTHON:-python3}" -m venv "$room/venv"
+"$room/venv/bin/pip" install --quiet --disable-pip-version-check "$torch" ".[book,data,test]"
+{
+    echo "# Exact versions that the book is built and tested with: made by \`make lock\` from pyproject.toml."
+    "$room/venv/bin/pip" freeze --disable-pip-version-check --exclude convergence-executed | grep -v '^nvidia-' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'
+} > requirements.lock
+echo "wrote requirements.lock: $(grep -c == requirements.lock) packages"
