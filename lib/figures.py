@@ -47,8 +47,8 @@ METHODS = {
 }
 CLASSES = ("neither", "loss only", "step only", "step and loss")
 CLASS_COLOURS = {
-    "light": ("#ECECEC", PALETTE["sky"], PALETTE["orange"], PALETTE["green"]),
-    "dark": ("#3A3F45", PALETTE["sky"], PALETTE["orange"], PALETTE["green"]),
+    "light": ("#ECECEC", PALETTE["blue"], PALETTE["orange"], PALETTE["green"]),
+    "dark": ("#3A3F45", PALETTE["blue"], PALETTE["orange"], PALETTE["green"]),
 }
 _INKS = {"light": "#1c1c1c", "dark": "#dedede"}
 _DISPLAY = {"light": "block", "dark": "none"}

@@ -23,7 +23,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A one-sided paired comparison: the typical difference, its interval, and the p-value of "not smaller"."""
+    """An estimate between `low` and `high`, at the level `confidence`, with the p-value of a test."""
 
     estimate: float
     low: float

@@ -325,8 +325,8 @@ def test_the_number_of_runs_that_fit_is_predicted_from_a_measured_step():
 
 def test_chunks_give_every_run_its_own_settings_and_order():
     whole = run_problem(seed=(4, 5, 6, 7), record_every=4)
-    chunked = run_problem(seed=(4, 5, 6, 7), record_every=4, max_memory=9_000)
-    fit = runs_that_fit(problem()[0], rated(problem()[2]), F.cross_entropy, problem(seed=(4, 5, 6, 7))[1], 9_000)
+    chunked = run_problem(seed=(4, 5, 6, 7), record_every=4, max_memory=5_000)
+    fit = runs_that_fit(problem()[0], rated(problem()[2]), F.cross_entropy, problem(seed=(4, 5, 6, 7))[1], 5_000)
     assert fit < 4
     for a, b in zip(whole[0].parameters(), chunked[0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -344,8 +344,10 @@ KILLED = """
     from lib.training import train
 
     ensemble, batches, rates = problem(4, seed=(1, 2, 3, 4))
-    history = train(ensemble, rated(rates), F.cross_entropy, batches, 60, quantities={{"norm": slow_norm}}, record_every=3, max_memory={max_memory}, checkpoint=sys.argv[1], checkpoint_seconds=0,
-                    progress=False)
+    history = train(
+        ensemble, rated(rates), F.cross_entropy, batches, 60, quantities={{"norm": slow_norm}}, record_every=3,
+        max_memory={max_memory}, checkpoint=sys.argv[1], checkpoint_seconds=0, progress=False
+    )
     torch.save(ensemble.state_dict(), sys.argv[1] + ".result")
     history.records.to_json(sys.argv[1] + ".json", double_precision=15)
 """
@@ -357,7 +359,7 @@ def slow_norm(ensemble):
 
 
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path):
-    max_memory = 9_000  # two chunks: it is killed in the first and in the second
+    max_memory = 5_000  # two chunks: it is killed in the first and in the second
     script = textwrap.dedent(KILLED).format(
         tests=os.path.dirname(__file__), max_memory=max_memory
     )
@@ -414,7 +416,7 @@ def test_a_finished_training_answers_from_its_checkpoint(tmp_path):
         ({"seed": 1}, "batch seed was 0, is 1"),
         ({"record_every": 2}, "record_every was 5, is 2"),
         ({"quantities": {"norm": first_norm}}, r"quantities was \[\], is \['norm'\]"),
-        ({"max_memory": 9_000}, r"runs at once \(max_memory\) was 4"),
+        ({"max_memory": 5_000}, r"runs at once \(max_memory\) was 4"),
         ({"runs": 3}, "network was 4 x (?s:.*) is 3 x "),
     ],
 )

@@ -164,9 +164,11 @@ def show(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{show(value[0])}, {show(value[1])}]"
     if _is_interval(value):
-        with mpmath.workprec(max(53, mpmath.iv.prec)):
-            low, high = _ends(value)
-            return f"{mpmath.nstr((low + high) / 2, 12)} ± {mpmath.nstr((high - low) / 2, 2)}"
+        low, high = _ends(value)
+        if isinstance(low, float) or isinstance(high, float):
+            return f"[{low}, {high}]"
+        middle, radius = (low + high) / 2, (high - low) / 2
+        return f"{float(middle):.12g} ± {mpmath.nstr(mpmath.mpf(radius.numerator) / radius.denominator, 2)}"
     if isinstance(value, Fraction):
         text = str(value)
         return text if len(text) <= 24 else f"{float(value):.6g} (exact rational)"
@@ -201,8 +203,17 @@ def _is_interval(value: Any) -> bool:
 
 
 def _ends(value: Any) -> tuple[Any, Any]:
+    """The two ends of a value; those of an interval as exact rationals, so that no comparison rounds."""
     if isinstance(value, tuple):
         return value
     if _is_interval(value):
-        return mpmath.mpf(value.a), mpmath.mpf(value.b)
+        return _rational(value._mpi_[0]), _rational(value._mpi_[1])
     return value, value
+
+
+def _rational(raw: tuple[int, int, int, int]) -> Any:
+    """mpmath's raw (sign, mantissa, exponent, bits) as a ``Fraction``; infinities and NaN as floats."""
+    sign, mantissa, exponent, _ = raw
+    if not mantissa and exponent:
+        return float(mpmath.mpf(raw))
+    return Fraction(-int(mantissa) if sign else int(mantissa)) * Fraction(2) ** exponent

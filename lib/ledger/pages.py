@@ -45,24 +45,26 @@ def counts_table(table: pd.DataFrame, registry: Registry) -> str:
 
 
 def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry) -> str:
-    """Every claim: this build's verdict beside the published one of the largest profile, with links to the evidence."""
+    """Every claim: this build's verdict above the published one of the largest profile, with a link to the evidence."""
     published = {row.claim: row for row in reference.itertuples() if row.verdict != OPEN}
     rows = []
     for row in table.itertuples():
         claim = registry[row.claim]
         old = published.get(row.claim)
-        other = f"{verdict_label(old.verdict)} <small>{old.profile}</small>" if old else "–"
+        other = f"<br><small>published ({old.profile}): {html.escape(old.verdict)}</small>" if old else ""
         name = link(claim) if row.verdict != OPEN else claim.id
-        evidence = f"{html.escape(row.measured)} {html.escape(row.threshold)}" if row.measured else ""
+        evidence = f"<p><small>{html.escape(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
         rows.append(
-            f'<tr data-chapter="{claim.chapter}" data-verdict="{html.escape(row.verdict)}"><td>{verdict_label(row.verdict)}'
-            f"</td><td>{other}</td><td>{html.escape(claim.where)}<br><code>{name}</code></td><td>{claim.weight}</td>"
-            f'<td style="text-align:left">{html.escape(claim.statement)}</td>'
-            f'<td style="text-align:left">{evidence}</td></tr>'
+            f'<tr data-chapter="{claim.chapter}" data-verdict="{html.escape(row.verdict)}">'
+            f"<td>{verdict_label(row.verdict)}{other}</td>"
+            f"<td>{html.escape(claim.where)}<br><code>{name}</code><br><small>weight {claim.weight}</small></td>"
+            f'<td style="text-align:left">{html.escape(claim.statement)}{evidence}</td></tr>'
         )
-    return (f'<div class="{MATH}" style="overflow-x:auto"><table class="filterable"><thead><tr><th scope="col">this build</th>'
-            '<th scope="col">published</th><th scope="col">claim</th><th scope="col">weight</th>'
-            f'<th scope="col">statement</th><th scope="col">evidence</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+    return (
+        f'<div class="{MATH}" style="overflow-x:auto"><table class="filterable"><thead><tr><th scope="col">verdict</th>'
+        f'<th scope="col">claim</th><th scope="col">statement and evidence</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def errata(table: pd.DataFrame, registry: Registry, chapter: str) -> str:

@@ -73,4 +73,4 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    return [mpmath.nstr(mpmath.mpf(value.a), 30), mpmath.nstr(mpmath.mpf(value.b), 30)]
+    return [mpmath.nstr(mpmath.mpf(end), 30) for end in value._mpi_]

@@ -26,6 +26,7 @@ KINDS = (
     "table",
     "theorem",
 )
+CHAPTERS = ("dbn", "autorate", "bngd", "bsum", "dsgd")
 SEVERITIES = ("typo", "wrong constant", "missing hypothesis", "false")
 
 SCHEMA: dict[str, Any] = {
@@ -132,7 +133,7 @@ def load_registry(folder: str | Path | None = None) -> Registry:
     begin with its file's name counts as wrong.
     """
     folder = registry_folder() if folder is None else Path(folder)
-    files = sorted(folder.glob("*.yml"))
+    files = sorted(folder.glob("*.yml"), key=_chapter_order)
     if not files:
         raise ValueError(f"no claims (*.yml) in {str(folder)!r}")
     claims: dict[str, Claim] = {}
@@ -154,3 +155,8 @@ def load_registry(folder: str | Path | None = None) -> Registry:
             erratum = Erratum(**entry.pop("erratum")) if "erratum" in entry else None
             claims[claim_id] = Claim(chapter=path.stem, erratum=erratum, **entry)
     return Registry(list(claims.values()))
+
+
+def _chapter_order(path: Path) -> tuple[int, str]:
+    """Chapters in the order of the book, others after them by name."""
+    return (CHAPTERS.index(path.stem) if path.stem in CHAPTERS else len(CHAPTERS), path.stem)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import yaml
 
 from workflow.scripts.inputs import ROOT, chapter_table
@@ -29,7 +30,12 @@ def stage(folder: Path, notebooks: list[Path]) -> None:
     shutil.copytree(ROOT / "book" / "_static", folder / "book" / "_static")
     names = {chapter: entry["notebook"] for chapter, entry in chapter_table()["chapters"].items()}
     for path in notebooks:
-        shutil.copy(path, folder / "book" / f"{names.get(path.stem, path.stem)}.ipynb")
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            # papermill's injected cell repeats what the page's "This run" line says, with paths of the building machine.
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.metadata.tags.append("remove-cell")
+        nbformat.write(notebook, folder / "book" / f"{names.get(path.stem, path.stem)}.ipynb")
 
 
 def build(folder: Path, html: Path) -> None:
