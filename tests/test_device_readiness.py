@@ -35,9 +35,7 @@ def sgd(part, rates):
 def test_a_training_step_stays_on_its_device(name, batch_norm, seed, loss):
     ensemble = Ensemble([networks(batch_norm)[name]() for _ in range(RUNS)]).to("meta")
     shape = (40, 1, 8, 8) if name == "conv" else (40, 64)
-    batches = Batches(
-        torch.empty(shape, device="meta"), torch.zeros(40, dtype=torch.int64, device="meta"), 10, seed
-    )
+    batches = Batches(torch.empty(shape, device="meta"), torch.zeros(40, dtype=torch.int64, device="meta"), 10, seed)
     optimizer = sgd(ensemble, torch.ones(RUNS, device="meta"))
     alive = torch.ones(RUNS, dtype=torch.bool, device="meta")
     order = batches.order(0, range(RUNS))  # drawn on the CPU, once in an epoch

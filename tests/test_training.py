@@ -360,9 +360,7 @@ def slow_norm(ensemble):
 
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path):
     max_memory = 5_000  # two chunks: it is killed in the first and in the second
-    script = textwrap.dedent(KILLED).format(
-        tests=os.path.dirname(__file__), max_memory=max_memory
-    )
+    script = textwrap.dedent(KILLED).format(tests=os.path.dirname(__file__), max_memory=max_memory)
     path = tmp_path / "run.pt"
     command = [sys.executable, "-c", script, str(path)]
     reached = []

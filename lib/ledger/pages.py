@@ -36,12 +36,16 @@ def counts_table(table: pd.DataFrame, registry: Registry) -> str:
         cells = "".join(f"<td>{(own['verdict'] == v).sum() or ''}</td>" for v in head)
         cells += f"<td>{(own.index.isin(other.index)).sum()}</td>" if len(other) else ""
         page = CHAPTER_PAGES.get(chapter, chapter)
-        rows.append(f'<tr><th scope="row"><a href="{page}.html">{page.replace("_", " ")}</a></th>{cells}'
-                    f"<td>{len(own)}</td></tr>")
+        rows.append(
+            f'<tr><th scope="row"><a href="{page}.html">{page.replace("_", " ")}</a></th>{cells}'
+            f"<td>{len(own)}</td></tr>"
+        )
     names = "".join(f'<th scope="col">{badge(v)}</th>' for v in head)
     names += '<th scope="col">depends on seed</th>' if len(other) else ""
-    return (f'<div style="overflow-x:auto"><table><thead><tr><th scope="col">chapter</th>{names}'
-            f'<th scope="col">claims</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+    return (
+        f'<div style="overflow-x:auto"><table><thead><tr><th scope="col">chapter</th>{names}'
+        f'<th scope="col">claims</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
 
 
 def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry) -> str:
@@ -53,7 +57,9 @@ def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry)
         old = published.get(row.claim)
         other = f"<br><small>published ({old.profile}): {html.escape(old.verdict)}</small>" if old else ""
         name = link(claim) if row.verdict != OPEN else claim.id
-        evidence = f"<p><small>{html.escape(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
+        evidence = (
+            f"<p><small>{html.escape(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
+        )
         rows.append(
             f'<tr data-chapter="{claim.chapter}" data-verdict="{html.escape(row.verdict)}">'
             f"<td>{verdict_label(row.verdict)}{other}</td>"
@@ -95,11 +101,15 @@ def _errata_table(title: str, pairs: list) -> str:
     for claim, row in pairs:
         erratum = claim.erratum
         caveat = f"<br><i>{html.escape(erratum.caveat)}</i>" if erratum.caveat else ""
-        rows.append(f"<tr><td>{html.escape(erratum.severity)}</td><td>{link(claim, claim.where)}</td>"
-                    f'<td style="text-align:left">{html.escape(erratum.printed)}{caveat}</td>'
-                    f'<td style="text-align:left">{html.escape(erratum.corrected)}</td>'
-                    f'<td style="text-align:left">{html.escape(row.measured)} {html.escape(row.threshold)}</td></tr>')
-    return (f'<div class="{MATH}" style="overflow-x:auto"><table><caption style="caption-side:top;text-align:left;'
-            f'font-weight:600">{title}</caption><thead><tr><th scope="col">kind</th><th scope="col">where</th>'
-            '<th scope="col">what is printed</th><th scope="col">what is right</th><th scope="col">the number that shows it'
-            f'</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+        rows.append(
+            f"<tr><td>{html.escape(erratum.severity)}</td><td>{link(claim, claim.where)}</td>"
+            f'<td style="text-align:left">{html.escape(erratum.printed)}{caveat}</td>'
+            f'<td style="text-align:left">{html.escape(erratum.corrected)}</td>'
+            f'<td style="text-align:left">{html.escape(row.measured)} {html.escape(row.threshold)}</td></tr>'
+        )
+    return (
+        f'<div class="{MATH}" style="overflow-x:auto"><table><caption style="caption-side:top;text-align:left;'
+        f'font-weight:600">{title}</caption><thead><tr><th scope="col">kind</th><th scope="col">where</th>'
+        '<th scope="col">what is printed</th><th scope="col">what is right</th><th scope="col">the number that shows it'
+        f"</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )

@@ -48,8 +48,15 @@ def execute(source: Path, target: Path, parameters: dict[str, object], label: st
     partial = target.with_suffix(".part.ipynb")
     begun = time.monotonic()
     try:
-        papermill.execute_notebook(source, partial, parameters, engine_name="reporting", kernel_name="python3",
-                                   progress_bar=False, request_save_on_cell_execute=False)
+        papermill.execute_notebook(
+            source,
+            partial,
+            parameters,
+            engine_name="reporting",
+            kernel_name="python3",
+            progress_bar=False,
+            request_save_on_cell_execute=False,
+        )
     except PapermillExecutionError as error:
         failed = target.with_suffix(".failed.ipynb")
         os.replace(partial, failed)
@@ -58,8 +65,10 @@ def execute(source: Path, target: Path, parameters: dict[str, object], label: st
         index = next(i for i, cell in enumerate(notebook.cells) if cell.source == error.source)
         tags = [t for t in notebook.cells[index].metadata.get("tags", []) if not t.startswith(("papermill", "hide-"))]
         say("\n".join(error.traceback[-12:]))
-        sys.exit(f"{source}: the cell [{', '.join(tags) or 'no tag'}] in section {section_of(notebook, index)!r} failed: "
-                 f"{error.ename}: {error.evalue}\nThe notebook up to there: {failed}")
+        sys.exit(
+            f"{source}: the cell [{', '.join(tags) or 'no tag'}] in section {section_of(notebook, index)!r} failed: "
+            f"{error.ename}: {error.evalue}\nThe notebook up to there: {failed}"
+        )
     os.replace(partial, target)
     say(f"{label}: done, {time.monotonic() - begun:.0f} s")
 
@@ -96,8 +105,13 @@ def main() -> None:
     if options.records and live.exists():
         live.replace(live.with_suffix(".previous.jsonl"))
     data_dir = "auto" if options.data_dir == "auto" else str(Path(options.data_dir).resolve())
-    parameters = {"profile": options.profile, "seed": options.seed, "device": options.device, "data_dir": data_dir,
-                  "ledger_dir": str(ledger_dir)}
+    parameters = {
+        "profile": options.profile,
+        "seed": options.seed,
+        "device": options.device,
+        "data_dir": data_dir,
+        "ledger_dir": str(ledger_dir),
+    }
     execute(options.source, options.target, parameters, f"{options.chapter or options.source.stem} ({options.profile})")
     if options.records:
         options.records.parent.mkdir(parents=True, exist_ok=True)

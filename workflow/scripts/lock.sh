@@ -12,3 +12,4 @@ trap 'rm -rf "$room"' EXIT
     "$room/venv/bin/pip" freeze --disable-pip-version-check --exclude convergence-executed | grep -v '^nvidia-' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'
 } > requirements.lock
 echo "wrote requirements.lock: $(grep -c == requirements.lock) packages"
+"$room/venv/bin/python" -m workflow.scripts.environment

@@ -51,8 +51,13 @@ def load(path: Path, registry: ledger.registry.Registry) -> list[Mutation]:
     for number, entry in enumerate(yaml.safe_load(path.read_text(encoding="utf-8")) or [], start=1):
         try:
             place = entry.get("lib") or entry["cell"]
-            mutation = Mutation(tuple(entry["claims"]), entry.get("lib", {}).get("function", ""), place["replace"],
-                                place["by"], entry["why"])
+            mutation = Mutation(
+                tuple(entry["claims"]),
+                entry.get("lib", {}).get("function", ""),
+                place["replace"],
+                place["by"],
+                entry["why"],
+            )
             for claim in mutation.claims:
                 registry[claim]
         except (KeyError, TypeError, AttributeError) as error:
@@ -82,8 +87,11 @@ def patched(mutation: Mutation) -> Iterator[None]:
     lines = source.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("def "))
     made: dict[str, Any] = {}
-    exec(compile("from __future__ import annotations\n" + "\n".join(lines[start:]), mutation.function, "exec"),
-         dict(namespace), made)
+    exec(
+        compile("from __future__ import annotations\n" + "\n".join(lines[start:]), mutation.function, "exec"),
+        dict(namespace),
+        made,
+    )
     original = function.__code__
     function.__code__ = made[function.__name__].__code__
     try:
@@ -159,9 +167,16 @@ def run_chapter(chapter: str, profile: str, only: set[str] | None, say) -> list[
             for claim in sorted(wanted):
                 mine = [(m, after) for m, after in outcomes if claim in m.claims] or [(None, {})]
                 for mutation, after in mine:
-                    rows.append({"claim": claim, "weight": registry[claim].weight, "profile": profile,
-                                 "mutation": mutation.why if mutation else "", "verdict": before[claim],
-                                 "mutated": after.get(claim, "")})
+                    rows.append(
+                        {
+                            "claim": claim,
+                            "weight": registry[claim].weight,
+                            "profile": profile,
+                            "mutation": mutation.why if mutation else "",
+                            "verdict": before[claim],
+                            "mutated": after.get(claim, ""),
+                        }
+                    )
             say(f"{chapter} ({profile}): {', '.join(claims)}: {len(own)} mutations")
     return rows
 
@@ -173,7 +188,9 @@ def flips(row: dict[str, str]) -> bool:
 
 def unprotected(rows: list[dict[str, str]]) -> list[str]:
     """The decided claims of weight 3 and more that no mutation upsets."""
-    decided = {row["claim"] for row in rows if row["weight"] >= MIN_WEIGHT and row["verdict"] != ledger.evidence.UNDECIDED}
+    decided = {
+        row["claim"] for row in rows if row["weight"] >= MIN_WEIGHT and row["verdict"] != ledger.evidence.UNDECIDED
+    }
     return sorted(decided - {row["claim"] for row in rows if flips(row)})
 
 
@@ -203,8 +220,10 @@ def main() -> None:
     left = unprotected(rows)
     for claim in left:
         print(f"unprotected: {claim}")
-    print(f"{sum(map(flips, tried))} of {len(tried)} mutations change the verdict; "
-          f"{len(left)} decided claims of weight {MIN_WEIGHT} and more without one")
+    print(
+        f"{sum(map(flips, tried))} of {len(tried)} mutations change the verdict; "
+        f"{len(left)} decided claims of weight {MIN_WEIGHT} and more without one"
+    )
     sys.exit(1 if left else 0)
 
 
