@@ -38,7 +38,7 @@ def loop(lam, g, a0, w0, steps_a, steps, count):
 
 
 def vectorized(lam, g, a0, w0, steps_a, steps, count):
-    """NumPy, all configurations at once, in place: two matrix-vector products and no temporary beyond the work space."""
+    """NumPy, all configurations at once, in place: two products a step, no temporary beyond work space."""
     w = np.tile(w0, (len(steps), 1))
     a = np.full(len(steps), a0)
     Hw, push = np.empty_like(w), np.empty_like(w)
@@ -65,7 +65,7 @@ def ours(problem, a0, w0, steps_a, steps, count):
 def measure(repeats: int = REPEATS) -> list[dict]:
     """Ratios of wall time (peer over ours): median, min and max over interleaved repeats, after a warm-up.
 
-    Raises ``AssertionError`` if the three do not agree to rounding after ``COMPARED_STEPS`` steps on all configurations, or
+    Raises ``AssertionError`` if the three do not agree to rounding after ``COMPARED_STEPS`` steps on all of them, or
     after all steps on those whose end does not depend on rounding.
     """
     problem = ols.LeastSquares(
@@ -99,7 +99,8 @@ def measure(repeats: int = REPEATS) -> list[dict]:
     _assert_equal(full[some][calm[some]], ends[calm[some]], steps[some][calm[some]], tolerance=1e-6)
 
     settings = {
-        "grid": "41 x 43", "steps": STEPS, "dimension": DIMENSION, "kappa": KAPPA, "a_0": FIRST_SCALE, "repeats": repeats,
+        "grid": "41 x 43", "steps": STEPS, "dimension": DIMENSION, "kappa": KAPPA, "a_0": FIRST_SCALE,
+        "repeats": repeats,
         "loop": f"{len(steps[some])} of {len(steps)} configurations (every {LOOP_EVERY}th), time scaled by the count",
         "compared": f"all configurations after {COMPARED_STEPS} steps; {int(calm.sum())} of {len(calm)} after {STEPS}",
         "torch threads": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),

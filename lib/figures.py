@@ -21,6 +21,7 @@ from cycler import cycler
 from matplotlib.colors import ListedColormap
 
 from lib import runtime
+from lib.ledger.cards import text
 
 # Okabe and Ito's palette, told apart with every common form of colour blindness; black is left to the axes.
 PALETTE = {
@@ -126,7 +127,7 @@ class Figure:
         label = f'<a href="#fig-{self.name}" title="link to this figure">Figure <code>{self.name}</code></a>'
         return (
             f'<figure id="fig-{self.name}" class="tex2jax_process mathjax_process" style="margin:1em 0">{images}'
-            f'<figcaption style="font-size:92%">{label}. {html.escape(self.caption)} '
+            f'<figcaption style="font-size:92%">{label}. {text(self.caption)} '
             f'<span style="opacity:.7">(code {runtime.code_version()})</span></figcaption></figure>'
         )
 

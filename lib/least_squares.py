@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 CHUNK_BYTES_PER_VALUE = 32  # the iterate, H times it, and two temporaries of the same shape while a chunk starts
 
@@ -61,7 +61,7 @@ class LeastSquares:
 
     @property
     def optimal_step(self) -> float:
-        r""":math:`\varepsilon_{opt}=2/(\lambda_{max}+\lambda_{min})`, eq. (5): best for :math:`k\to\infty`, not for finite k."""
+        r""":math:`\varepsilon_{opt}=2/(\lambda_{max}+\lambda_{min})`, eq. (5): best for :math:`k\to\infty`, not for each k."""
         return float(2 / (self.eigenvalues.max() + self.eigenvalues.min()))
 
     def norm_squared(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Observables:
 
 
 def observe(problem: LeastSquares, a: Tensor, w: Tensor, step: Tensor | float) -> Observables:
-    """The paper's observables at the iterate ``a`` ``(B,)``, ``w`` ``(B, d)`` with step size ``step`` (``(B,)`` or a number)."""
+    """The paper's observables at the iterate ``a`` ``(B,)``, ``w`` ``(B, d)``, with ``step`` ``(B,)`` or a number."""
     sigma = problem.norm_squared(w).sqrt()
     y = torch.linalg.vecdot(w, problem.correlation)
     alpha = y / sigma
@@ -163,8 +163,8 @@ def bngd(
     ``a``: ``(B,)``; ``w``: ``(B, d)`` or ``(d,)`` (shared start); ``step_a``, ``step``: ``(B,)`` or numbers. A run's
     trajectory does not depend on the others. Runs are taken in chunks that need at most ``max_memory`` bytes. ``watch``
     is called with ``(k, a, w)`` before each step and once at the end, with live tensors that it must not keep or change
-    (only when all runs fit in one chunk). A run that leaves the floating-point range gets ``diverged_at`` and stays non-finite; it disturbs no other.
-    Raises ``ValueError`` for bad shapes or values, before any work.
+    (only when all runs fit in one chunk). A run that leaves the floating-point range gets ``diverged_at`` and stays
+    non-finite; it disturbs no other. Raises ``ValueError`` for bad shapes or values, before any work.
     """
     a, w, step_a, step, u = _broadcast_runs(problem, a, w, step_a, step)
     if not isinstance(steps, int) or steps < 0:

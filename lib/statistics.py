@@ -74,9 +74,11 @@ def loglog_slope(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Interv
             raise ValueError(f"{name} must be positive, got {values.min()}")
     if np.ptp(x) == 0:
         raise ValueError(f"x must hold two different values, got {x[0]} alone")
-    fit = stats.linregress(np.log(x), np.log(y))
-    half = stats.t.ppf((1 + confidence) / 2, len(x) - 2) * fit.stderr
-    return Interval(float(fit.slope), float(fit.slope - half), float(fit.slope + half), confidence)
+    u, v = (np.log(values) - np.log(values).mean() for values in (x, y))
+    slope = (u @ v) / (u @ u)
+    residual_variance = np.square(v - slope * u).sum() / (len(x) - 2)
+    half = stats.t.ppf((1 + confidence) / 2, len(x) - 2) * np.sqrt(residual_variance / (u @ u))
+    return Interval(float(slope), float(slope - half), float(slope + half), confidence)
 
 
 def geometric_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -6,6 +6,7 @@ Plain HTML with inline colours, so that it reads the same in the book (light and
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,11 @@ def badge(verdict: str) -> str:
     )
 
 
+def text(words: str) -> str:
+    """Text of the registry as HTML, with its ``$...$`` as MathJax's ``\\(...\\)`` (a lone dollar sign stays one)."""
+    return re.sub(r"\$([^$]+)\$", r"\\(\1\\)", html.escape(words))
+
+
 def anchor(claim_id: str) -> str:
     """The id of a claim's card on its chapter's page."""
     return f"claim-{claim_id}"
@@ -53,11 +59,11 @@ def card(claim: Claim, record: dict[str, Any]) -> str:
     """One claim: verdict, place in the paper, every check with its outcome; statement and erratum unfold."""
     checks = "".join(_check_item(check) for check in record["checks"])
     unfold = [
-        f"<p><b>Claim.</b> {html.escape(claim.statement)}</p>",
-        f"<p><b>Check.</b> {html.escape(claim.check)}</p>",
+        f"<p><b>Claim.</b> {text(claim.statement)}</p>",
+        f"<p><b>Check.</b> {text(claim.check)}</p>",
     ]
     if claim.reported:
-        unfold.append(f"<p><b>The paper reports.</b> {html.escape(claim.reported)}</p>")
+        unfold.append(f"<p><b>The paper reports.</b> {text(claim.reported)}</p>")
     facts = (
         f"profile {record['profile']}, seed {record['seed']}, data {record['data']}, code {record['version']}, "
         f"{record['seconds']:.1f} s"
@@ -65,7 +71,7 @@ def card(claim: Claim, record: dict[str, Any]) -> str:
     return (
         f'<div class="verdict-card {MATH}" id="{anchor(claim.id)}" style="border-left:5px solid '
         f'{COLOURS[record["verdict"]]};padding:.35em .9em;margin:.6em 0">'
-        f"<div>{badge(record['verdict'])} <b>{html.escape(claim.where)}</b> "
+        f"<div>{badge(record['verdict'])} <b>{text(claim.where)}</b> "
         f'<code style="font-size:85%;opacity:.8">{claim.id}</code></div>'
         f'<ul style="margin:.35em 0 .2em 1.1em;padding:0">{checks}</ul>'
         f"{_reason(record)}{_erratum(claim, record)}"
@@ -75,17 +81,17 @@ def card(claim: Claim, record: dict[str, Any]) -> str:
 
 
 def family(title: str, pairs: Iterable[tuple[Claim, dict[str, Any]]]) -> str:
-    """A compact table of several claims: verdict, place, claim, checks."""
+    """A compact table of several claims: verdict and place, then the claim and its checks."""
     rows = []
     for claim, record in pairs:
         checks = "".join(_check_item(check) for check in record["checks"])
         rows.append(
-            f'<tr id="{anchor(claim.id)}"><td>{badge(record["verdict"])}</td>'
-            f'<td>{html.escape(claim.where)}<br><code style="font-size:80%;opacity:.8">{claim.id}</code></td>'
-            f'<td style="text-align:left">{html.escape(claim.statement)}{_erratum(claim, record)}</td>'
-            f'<td style="text-align:left"><ul style="margin:0 0 0 1em;padding:0">{checks}</ul>{_reason(record)}</td></tr>'
+            f'<tr id="{anchor(claim.id)}"><td style="width:11em">{badge(record["verdict"])}<br><b>{text(claim.where)}</b>'
+            f'<br><code style="font-size:80%;opacity:.8">{claim.id}</code></td>'
+            f'<td style="text-align:left">{text(claim.statement)}'
+            f'<ul style="margin:.3em 0 0 .6em;padding:0">{checks}</ul>{_reason(record)}{_erratum(claim, record)}</td></tr>'
         )
-    return _table(title, ("verdict", "where", "claim", "evidence"), rows)
+    return _table(title, ("verdict", "claim and evidence"), rows)
 
 
 def overview(title: str, pairs: Iterable[tuple[Claim, dict[str, Any] | None]], page: str = "") -> str:
@@ -95,8 +101,8 @@ def overview(title: str, pairs: Iterable[tuple[Claim, dict[str, Any] | None]], p
         verdict = record["verdict"] if record else OPEN
         name = f'<a href="{page}#{anchor(claim.id)}">{claim.id}</a>' if record else claim.id
         rows.append(
-            f"<tr><td>{badge(verdict)}</td><td>{name}</td><td>{html.escape(claim.where)}</td>"
-            f'<td>{claim.weight}</td><td style="text-align:left">{html.escape(claim.statement)}</td></tr>'
+            f"<tr><td>{badge(verdict)}</td><td>{name}</td><td>{text(claim.where)}</td>"
+            f'<td>{claim.weight}</td><td style="text-align:left">{text(claim.statement)}</td></tr>'
         )
     return _table(title, ("verdict", "claim", "where", "weight", "statement"), rows)
 
@@ -121,13 +127,13 @@ def _check_item(check: dict[str, Any]) -> str:
     mark = "✓" if check["passed"] else "✗"
     role = "" if check["role"] in ("printed", "finding") else f" <i>({check['role']})</i>"
     exact = ' <span title="integers, rationals or interval arithmetic">[exact]</span>' if check["exact"] else ""
-    return f'<li style="list-style:none"><b>{mark}</b> {html.escape(check["text"])}{role}{exact}</li>'
+    return f'<li style="list-style:none"><b>{mark}</b> {text(check["text"])}{role}{exact}</li>'
 
 
 def _reason(record: dict[str, Any]) -> str:
     if record["verdict"] != UNDECIDED:
         return ""
-    return f'<div style="font-size:92%"><b>Undecided:</b> {html.escape(record["reason"])}</div>'
+    return f'<div style="font-size:92%"><b>Undecided:</b> {text(record["reason"])}</div>'
 
 
 def _erratum(claim: Claim, record: dict[str, Any]) -> str:
@@ -136,8 +142,8 @@ def _erratum(claim: Claim, record: dict[str, Any]) -> str:
     borne_out = record["verdict"] in (CORRECTED, REFUTED, NOT_REPRODUCED, PARTLY)
     if erratum is None or not (borne_out or erratum.severity == "typo" and record["verdict"] == HOLDS):
         return ""
-    caveat = f" <i>{html.escape(erratum.caveat)}</i>" if erratum.caveat else ""
+    caveat = f" <i>{text(erratum.caveat)}</i>" if erratum.caveat else ""
     return (
         f'<div class="erratum" style="font-size:95%;margin:.25em 0"><b>Erratum ({erratum.severity}).</b> '
-        f"{html.escape(erratum.printed)} <b>Instead:</b> {html.escape(erratum.corrected)}{caveat}</div>"
+        f"{text(erratum.printed)} <b>Instead:</b> {text(erratum.corrected)}{caveat}</div>"
     )

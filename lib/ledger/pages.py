@@ -6,7 +6,7 @@ import html
 
 import pandas as pd
 
-from lib.ledger.cards import MATH, anchor, badge
+from lib.ledger.cards import MATH, anchor, badge, text
 from lib.ledger.evidence import CORRECTED, NOT_REPRODUCED, OPEN, PARTLY, REFUTED, VERDICTS
 from lib.ledger.registry import Claim, Registry
 
@@ -15,10 +15,10 @@ CHAPTER_PAGES = {
 }  # fmt: skip
 
 
-def link(claim: Claim, text: str | None = None) -> str:
+def link(claim: Claim, label: str | None = None) -> str:
     """A link to the claim's card on its chapter's page."""
     page = CHAPTER_PAGES.get(claim.chapter, claim.chapter)
-    return f'<a href="{page}.html#{anchor(claim.id)}">{html.escape(text or claim.id)}</a>'
+    return f'<a href="{page}.html#{anchor(claim.id)}">{text(label or claim.id)}</a>'
 
 
 def verdict_label(verdict: str) -> str:
@@ -58,13 +58,13 @@ def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry)
         other = f"<br><small>published ({old.profile}): {html.escape(old.verdict)}</small>" if old else ""
         name = link(claim) if row.verdict != OPEN else claim.id
         evidence = (
-            f"<p><small>{html.escape(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
+            f"<p><small>{text(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
         )
         rows.append(
             f'<tr data-chapter="{claim.chapter}" data-verdict="{html.escape(row.verdict)}">'
             f"<td>{verdict_label(row.verdict)}{other}</td>"
-            f"<td>{html.escape(claim.where)}<br><code>{name}</code><br><small>weight {claim.weight}</small></td>"
-            f'<td style="text-align:left">{html.escape(claim.statement)}{evidence}</td></tr>'
+            f"<td>{text(claim.where)}<br><code>{name}</code><br><small>weight {claim.weight}</small></td>"
+            f'<td style="text-align:left">{text(claim.statement)}{evidence}</td></tr>'
         )
     return (
         f'<div class="{MATH}" style="overflow-x:auto"><table class="filterable"><thead><tr><th scope="col">verdict</th>'
@@ -100,12 +100,12 @@ def _errata_table(title: str, pairs: list) -> str:
     rows = []
     for claim, row in pairs:
         erratum = claim.erratum
-        caveat = f"<br><i>{html.escape(erratum.caveat)}</i>" if erratum.caveat else ""
+        caveat = f"<br><i>{text(erratum.caveat)}</i>" if erratum.caveat else ""
         rows.append(
             f"<tr><td>{html.escape(erratum.severity)}</td><td>{link(claim, claim.where)}</td>"
-            f'<td style="text-align:left">{html.escape(erratum.printed)}{caveat}</td>'
-            f'<td style="text-align:left">{html.escape(erratum.corrected)}</td>'
-            f'<td style="text-align:left">{html.escape(row.measured)} {html.escape(row.threshold)}</td></tr>'
+            f'<td style="text-align:left">{text(erratum.printed)}{caveat}</td>'
+            f'<td style="text-align:left">{text(erratum.corrected)}</td>'
+            f'<td style="text-align:left">{text(row.measured)} {html.escape(row.threshold)}</td></tr>'
         )
     return (
         f'<div class="{MATH}" style="overflow-x:auto"><table><caption style="caption-side:top;text-align:left;'
