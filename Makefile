@@ -8,6 +8,7 @@ BUILD ?= _build
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := source $(VENV)/bin/activate &&
 SNAKEMAKE := $(RUN) python -m snakemake --cores all --quiet rules --rerun-incomplete --config "profile=$(PROFILE)" "seeds=$(SEEDS)" "device=$(DEVICE)" "build=$(BUILD)"
 
@@ -31,7 +32,7 @@ gates: $(READY)  ## break the book on purpose; render it with warnings as errors
 	@$(RUN) python -m pytest -q -m gate tests
 
 mutations: $(READY)  ## break the mathematics on purpose; every claim of weight 3 and more must change its verdict
-	@$(RUN) python -m workflow.scripts.mutations
+	@$(RUN) OMP_NUM_THREADS=1 python -m workflow.scripts.mutations --output results/mutations.csv
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab --notebook-dir=.

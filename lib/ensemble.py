@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _with_tensors(module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """A copy of `module` with each parameter and buffer replaced; the old values are not copied on the way."""
+    """A copy of ``module`` with each parameter and buffer replaced; the old values are not copied on the way."""
     memo = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         new = change(name, tensor.detach())
@@ -32,7 +32,7 @@ class Ensemble(nn.Module):
 
     Attributes:
         copies: the module, with every parameter and buffer stacked along a leading axis of length S.
-        runs: the number of each run in the ensemble it was selected from, `(S,)`; use it to pick per-run settings.
+        runs: the number of each run in the ensemble it was selected from, ``(S,)``; use it to pick per-run settings.
 
     Args:
         modules: S modules of equal structure. Only parameters and buffers may differ between them.
@@ -40,7 +40,7 @@ class Ensemble(nn.Module):
     Raises:
         ValueError: if there is no module, or if one is built differently from the first.
 
-    Source: `torch.func.stack_module_state`, `torch.func.vmap`.
+    Source: ``torch.func.stack_module_state``, ``torch.func.vmap``.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
@@ -73,30 +73,30 @@ class Ensemble(nn.Module):
         """The outputs of all runs.
 
         Args:
-            inputs: one batch `(N, ...)` for all runs, or `(S, N, ...)` with `per_run`.
-            per_run: whether `inputs` has a leading run axis.
+            inputs: one batch ``(N, ...)`` for all runs, or ``(S, N, ...)`` with ``per_run``.
+            per_run: whether ``inputs`` has a leading run axis.
 
         Returns:
-            `(S, N, ...)`.
+            ``(S, N, ...)``.
         """
         return self._map(lambda module, x: module(x), (inputs,), per_run)
 
     def losses(self, loss: Loss, inputs: Tensor, targets: Tensor, *, per_run: bool = False) -> Tensor:
-        """The loss of every run; `losses(...).sum().backward()` leaves each run its own gradient.
+        """The loss of every run; ``losses(...).sum().backward()`` leaves each run its own gradient.
 
         Args:
             loss: from the outputs of one run and its targets to a scalar, written for a single network.
-            inputs: one batch `(N, ...)` for all runs, or `(S, N, ...)` with `per_run`.
-            targets: `(N, ...)`, or `(S, N, ...)` with `per_run`.
-            per_run: whether `inputs` and `targets` have a leading run axis.
+            inputs: one batch ``(N, ...)`` for all runs, or ``(S, N, ...)`` with ``per_run``.
+            targets: ``(N, ...)``, or ``(S, N, ...)`` with ``per_run``.
+            per_run: whether ``inputs`` and ``targets`` have a leading run axis.
 
         Returns:
-            `(S,)`.
+            ``(S,)``.
         """
         return self._map(lambda module, x, y: loss(module(x), y), (inputs, targets), per_run)
 
     def module(self, s: int) -> nn.Module:
-        """Run `s` as an ordinary module of its own: a copy, which no longer follows the ensemble.
+        """Run ``s`` as an ordinary module of its own: a copy, which no longer follows the ensemble.
 
         Raises:
             IndexError: if there is no such run.
@@ -106,18 +106,18 @@ class Ensemble(nn.Module):
         return _with_tensors(self.copies, lambda _, tensor: tensor[s].clone())
 
     def select(self, index: Tensor) -> "Ensemble":
-        """A smaller ensemble of the runs at `index`: copies, which train on their own.
+        """A smaller ensemble of the runs at ``index``: copies, which train on their own.
 
         Args:
-            index: positions in this ensemble, `(R,)` integers.
+            index: positions in this ensemble, ``(R,)`` integers.
 
         Returns:
-            An ensemble of R runs whose `runs` tell where they come from.
+            An ensemble of R runs whose ``runs`` tell where they come from.
         """
         return _with_tensors(self, lambda _, tensor: tensor.index_select(0, index))
 
     def put(self, index: Tensor, part: "Ensemble") -> None:
-        """Write the runs of `part`, in place, to the positions `index` of this ensemble (undoes `select`)."""
+        """Write the runs of ``part``, in place, to the positions ``index`` of this ensemble (undoes ``select``)."""
         with torch.no_grad():
             for mine, new in zip(self.state_dict().values(), part.state_dict().values(), strict=True):
                 mine.index_copy_(0, index, new)

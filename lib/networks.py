@@ -15,15 +15,15 @@ from lib.normalization import BatchNorm
 class Linear(nn.Linear):
     """A fully connected layer whose activations are stored with the batch innermost.
 
-    It is `nn.Linear`, parameters and function alike. Written as $W X^T$, with the transposed view handed on, the
+    It is ``nn.Linear``, parameters and function alike. Written as :math:`W X^T`, with the transposed view handed on, the
     copies in an ensemble become one batched product that needs no transposed copy, forward or backward: a sweep of
-    small networks takes about half the time (`benchmarks/ensemble.py`).
+    small networks takes about half the time (``benchmarks/ensemble.py``).
 
     Args (of a call):
-        inputs: `(N, in_features)`.
+        inputs: ``(N, in_features)``.
 
     Returns (from a call):
-        `(N, out_features)`.
+        ``(N, out_features)``.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -50,17 +50,17 @@ def mlp(
 ) -> nn.Sequential:
     """A fully connected network, batch norm on every layer (the last one included) or on none.
 
-    `mlp((784, 10), ...)` is the one-layer network of Cai, Li and Shen, Section 4.2.
+    ``mlp((784, 10), ...)`` is the one-layer network of Cai, Li and Shen, Section 4.2.
 
     Args:
         sizes: widths from input to output, at least two.
         generator: CPU generator of the Glorot (uniform) weights; biases start at zero.
         activation: class of the nonlinearity between layers.
-        batch_norm: whether each layer is followed by a `BatchNorm`.
+        batch_norm: whether each layer is followed by a ``BatchNorm``.
         eps: its regularizer.
 
     Returns:
-        A module from `(N, sizes[0])` to `(N, sizes[-1])`.
+        A module from ``(N, sizes[0])`` to ``(N, sizes[-1])``.
 
     Raises:
         ValueError: for fewer than two sizes, a size below 1, or a generator that is not on the CPU.
@@ -92,16 +92,16 @@ def conv_net(
     state kernels and widths; here kernels are 3 x 3, padded to keep the image size, and pools are 2 x 2.
 
     Args:
-        image_shape: channels, height and width of an image, such as `(1, 28, 28)`.
+        image_shape: channels, height and width of an image, such as ``(1, 28, 28)``.
         hidden_sizes: widths of the fully connected layers before the last.
         generator: CPU generator of the Glorot (uniform) weights; biases start at zero.
         channels: output channels of the two convolutions.
         classes: number of outputs.
-        batch_norm: whether every layer, the last one included, is followed by a `BatchNorm`.
+        batch_norm: whether every layer, the last one included, is followed by a ``BatchNorm``.
         eps: its regularizer.
 
     Returns:
-        A module from `(N, *image_shape)` to `(N, classes)`.
+        A module from ``(N, *image_shape)`` to ``(N, classes)``.
 
     Raises:
         ValueError: for an image below 4 x 4, a width below 1, or a generator that is not on the CPU.
@@ -123,13 +123,13 @@ def conv_net(
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters of a module in two groups: weights and biases, and the scales and shifts of batch norm.
 
-    It serves an `Ensemble` as well, whose parameters are stacked.
+    It serves an ``Ensemble`` as well, whose parameters are stacked.
 
     Args:
         module: any module.
 
     Returns:
-        `(weights, normalization)`, each in the order of `module.parameters()`.
+        ``(weights, normalization)``, each in the order of ``module.parameters()``.
     """
     normalization = [
         parameter
@@ -145,16 +145,16 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 def softmax_mean_square(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Mean over batch and classes of the squared error between softmax probabilities and one-hot labels.
 
-    $\frac{1}{NK} \sum_{n,k} (\mathrm{softmax}(z_n)_k - [k = y_n])^2$, the loss of Cai, Li and Shen's one-layer network.
+    :math:`\frac{1}{NK} \sum_{n,k} (\mathrm{softmax}(z_n)_k - [k = y_n])^2`, the loss of Cai, Li and Shen's one-layer network.
 
     Args:
-        logits: `(N, K)`.
-        labels: `(N,)` integers in $0, \dots, K - 1$.
+        logits: ``(N, K)``.
+        labels: ``(N,)`` integers in :math:`0, \dots, K - 1`.
 
     Returns:
         A scalar.
     """
-    # `F.one_hot` looks for the largest label, which on a GPU waits for the device.
+    # ``F.one_hot`` looks for the largest label, which on a GPU waits for the device.
     classes = torch.arange(logits.shape[-1], device=logits.device)
     one_hot = (labels[..., None] == classes).to(logits.dtype)
     return (logits.softmax(-1) - one_hot).square().mean()

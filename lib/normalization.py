@@ -1,7 +1,7 @@
 """Batch normalization as the papers define it, for one network and for an ensemble alike.
 
 Layout: the first axis of an input is the batch, the second its features (or channels); an image layer has two more.
-Under `torch.func.vmap` every run of an ensemble sees that same layout and normalizes by its own batch alone.
+Under ``torch.func.vmap`` every run of an ensemble sees that same layout and normalizes by its own batch alone.
 """
 
 import torch
@@ -11,22 +11,24 @@ from torch import Tensor, nn
 def batch_norm(inputs: Tensor, weight: Tensor, bias: Tensor, eps: Tensor | float) -> Tensor:
     r"""Normalize every feature by the mean and the biased variance of the batch, then scale and shift it.
 
-    $\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$, with $\mu, \sigma^2$ over the batch and over all pixels.
+    :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`, with :math:`\mu, \sigma^2` over the batch
+    and over all pixels.
 
-    Unlike `torch.nn.functional.batch_norm` it takes $\epsilon = 0$, the theory's case, and an $\epsilon$ that differs
-    between the runs of an ensemble. With $\epsilon = 0$ a constant feature has no normalization: its outputs are NaN.
+    Unlike ``torch.nn.functional.batch_norm`` it takes :math:`\epsilon = 0`, the theory's case, and an
+    :math:`\epsilon` that differs between the runs of an ensemble. With :math:`\epsilon = 0` a constant feature has
+    no normalization: its outputs are NaN.
 
     Args:
-        inputs: `(N, C)` or `(N, C, H, W)`.
-        weight: the scale $\gamma$, `(C,)`.
-        bias: the shift $\beta$, `(C,)`.
-        eps: regularizer $\epsilon \ge 0$ added to the variance.
+        inputs: ``(N, C)`` or ``(N, C, H, W)``.
+        weight: the scale :math:`\gamma`, ``(C,)``.
+        bias: the shift :math:`\beta`, ``(C,)``.
+        eps: regularizer :math:`\epsilon \ge 0` added to the variance.
 
     Returns:
-        A tensor of the shape of `inputs`.
+        A tensor of the shape of ``inputs``.
 
     Raises:
-        ValueError: if `inputs` has another number of axes.
+        ValueError: if ``inputs`` has another number of axes.
 
     Source: Ioffe and Szegedy (2015), Algorithm 1.
     """
@@ -43,15 +45,15 @@ def batch_norm(inputs: Tensor, weight: Tensor, bias: Tensor, eps: Tensor | float
 class BatchNorm(nn.Module):
     r"""Batch norm on the statistics of the batch at hand, starting from zero mean and unit variance.
 
-    It keeps no running averages, so training and evaluation are the same function (see `batch_norm`).
-    `eps` is a buffer: runs of one ensemble may differ in it.
+    It keeps no running averages, so training and evaluation are the same function (see ``batch_norm``).
+    ``eps`` is a buffer: runs of one ensemble may differ in it.
 
     Args:
-        features: number of features or channels $C$.
-        eps: regularizer $\epsilon \ge 0$ added to the variance; 0 is allowed.
+        features: number of features or channels :math:`C`.
+        eps: regularizer :math:`\epsilon \ge 0` added to the variance; 0 is allowed.
 
     Raises:
-        ValueError: if `features` is below 1 or `eps` is negative or not finite.
+        ValueError: if ``features`` is below 1 or ``eps`` is negative or not finite.
     """
 
     def __init__(self, features: int, eps: float = 1e-3):

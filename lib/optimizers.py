@@ -1,7 +1,7 @@
 """The papers' update rules as ordinary optimizers.
 
 Each rule acts on the trailing dimensions of a parameter and treats leading ones as a batch, so that one optimizer
-serves a single network and an `Ensemble`; a setting that differs between the S runs is a tensor of shape `(S,)`.
+serves a single network and an ``Ensemble``; a setting that differs between the S runs is a tensor of shape ``(S,)``.
 """
 
 from collections.abc import Iterable
@@ -24,14 +24,14 @@ def _check_rate(name: str, rate: Tensor | float) -> None:
 
 
 class SGD(Optimizer):
-    r"""Gradient descent, $\theta_{k+1} = \theta_k - \eta\, g_k$, with one step size or one for every run.
+    r"""Gradient descent, :math:`\theta_{k+1} = \theta_k - \eta\, g_k`, with one step size or one for every run.
 
     Args:
-        params: parameters, or groups of them with an `lr` each (weights and batch-norm parameters, say).
-        lr: step size $\eta$: a number, or a tensor of shape `(S,)` for parameters of shape `(S, ...)`.
+        params: parameters, or groups of them with an ``lr`` each (weights and batch-norm parameters, say).
+        lr: step size :math:`\eta`: a number, or a tensor of shape ``(S,)`` for parameters of shape ``(S, ...)``.
 
     Raises:
-        ValueError: if `lr` is not positive and finite, or does not fit the run axis of a parameter.
+        ValueError: if ``lr`` is not positive and finite, or does not fit the run axis of a parameter.
     """
 
     def __init__(self, params: Iterable, lr: Tensor | float):

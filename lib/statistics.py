@@ -1,6 +1,6 @@
 """Intervals and comparisons: every number a chapter reports comes with its spread.
 
-Each function returns a small frozen record with the estimate and its interval `low` to `high`.
+Each function returns a small frozen record with the estimate and its interval ``low`` to ``high``.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between `low` and `high`, at the level `confidence`."""
+    """An estimate between ``low`` and ``high``, at the level ``confidence``."""
 
     estimate: float
     low: float
@@ -23,7 +23,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An estimate between `low` and `high`, at the level `confidence`, with the p-value of a test."""
+    """An estimate between ``low`` and ``high``, at the level ``confidence``, with the p-value of a test."""
 
     estimate: float
     low: float
@@ -56,9 +56,9 @@ def _check_confidence(confidence: float) -> None:
 
 
 def loglog_slope(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Interval:
-    r"""The exponent $p$ of a power law $y \approx c\, x^p$, by least squares on the logarithms.
+    r"""The exponent :math:`p` of a power law :math:`y \approx c\, x^p`, by least squares on the logarithms.
 
-    The interval is Student's, with $n - 2$ degrees of freedom; it takes the errors of $\log y$ for independent.
+    The interval is Student's, with :math:`n - 2` degrees of freedom; it takes the errors of :math:`\log y` for independent.
 
     Args:
         x, y: at least three positive numbers each.
@@ -97,16 +97,16 @@ def bootstrap(
     """Percentile bootstrap interval of a statistic of one sample.
 
     Args:
-        values: at least two numbers; positive ones for `geometric_mean`.
-        statistic: `np.mean`, `np.median`, `geometric_mean`, or another function of `(values, axis)`.
+        values: at least two numbers; positive ones for ``geometric_mean``.
+        statistic: ``np.mean``, ``np.median``, ``geometric_mean``, or another function of ``(values, axis)``.
         seed: of the resampling.
         confidence: level of the interval.
         resamples: how many samples are drawn.
 
     Raises:
-        ValueError: for fewer than two values, a value that is not finite, or one that `geometric_mean` cannot take.
+        ValueError: for fewer than two values, a value that is not finite, or one that ``geometric_mean`` cannot take.
 
-    Source: Efron (1979); `scipy.stats.bootstrap`.
+    Source: Efron (1979); ``scipy.stats.bootstrap``.
     """
     _check_confidence(confidence)
     values = _sample("values", values, at_least=2)
@@ -130,9 +130,9 @@ def paired_smaller(
 ) -> Comparison:
     """Is a smaller than b, pair by pair (the same seed, the same start)?
 
-    `wilcoxon` needs differences that are symmetric about their median; `sign` needs nothing; `t` needs normal ones.
+    ``wilcoxon`` needs differences that are symmetric about their median; ``sign`` needs nothing; ``t`` needs normal ones.
     The estimate and interval are of the difference a - b: its pseudo-median (Hodges-Lehmann, interval by inverting
-    the exact test), its median (order statistics), or its mean (Student). The interval covers at least `confidence`
+    the exact test), its median (order statistics), or its mean (Student). The interval covers at least ``confidence``
     and is the whole line where so few pairs cannot give one.
 
     Args:
@@ -143,7 +143,7 @@ def paired_smaller(
     Raises:
         ValueError: for another test, or samples that are too short, of different length, or not finite.
 
-    Source: Hollander, Wolfe and Chicken (2014), Chapter 3; `scipy.stats.wilcoxon`, `binomtest`, `ttest_rel`.
+    Source: Hollander, Wolfe and Chicken (2014), Chapter 3; ``scipy.stats.wilcoxon``, ``binomtest``, ``ttest_rel``.
     """
     if test not in ("wilcoxon", "sign", "t"):
         raise ValueError(f"test must be 'wilcoxon', 'sign' or 't', got {test!r}")
@@ -193,12 +193,12 @@ def _signed_rank_null(n: int) -> np.ndarray:
 def proportion_below(events: int, trials: int, confidence: float = 0.95) -> Interval:
     """One-sided exact upper bound on a probability (Clopper-Pearson).
 
-    With no event in n trials it is $1 - (1 - c)^{1/n}$, close to the rule of three, $3/n$, at $c = 0.95$.
+    With no event in n trials it is :math:`1 - (1 - c)^{1/n}`, close to the rule of three, :math:`3/n`, at :math:`c = 0.95`.
 
     Args:
         events: how often it happened.
         trials: out of how many.
-        confidence: level of the bound `high`; `low` is 0.
+        confidence: level of the bound ``high``; ``low`` is 0.
 
     Raises:
         ValueError: unless 0 <= events <= trials and there is a trial.
@@ -213,9 +213,9 @@ def proportion_below(events: int, trials: int, confidence: float = 0.95) -> Inte
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Comparison:
-    r"""Spearman's $\rho$, its two-sided p-value, and an interval from Fisher's z.
+    r"""Spearman's :math:`\rho`, its two-sided p-value, and an interval from Fisher's z.
 
-    The standard error of $\operatorname{artanh} \rho$ is $\sqrt{(1 + \rho^2/2) / (n - 3)}$.
+    The standard error of :math:`\operatorname{artanh} \rho` is :math:`\sqrt{(1 + \rho^2/2) / (n - 3)}`.
 
     Args:
         x, y: at least four numbers each.
@@ -224,7 +224,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Co
     Raises:
         ValueError: if a sample is too short, not finite, or constant, or the lengths differ.
 
-    Source: Bonett and Wright (2000); `scipy.stats.spearmanr`.
+    Source: Bonett and Wright (2000); ``scipy.stats.spearmanr``.
     """
     _check_confidence(confidence)
     x, y = _pair("x", x, "y", y, at_least=4)

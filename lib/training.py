@@ -42,14 +42,14 @@ class Batches:
         per_run: whether each run has an order of its own.
 
     Args:
-        inputs: `(n, ...)`, on the device of the ensemble.
-        targets: `(n, ...)`.
+        inputs: ``(n, ...)``, on the device of the ensemble.
+        targets: ``(n, ...)``.
         batch_size: examples in a batch; None gives the whole data set, unshuffled, at each step.
         seed: one seed, and all runs see the same batches (a sweep of step sizes); or a seed for each run of the
             ensemble, and run s sees what it would see alone with its seed (a sweep of seeds).
 
     Raises:
-        ValueError: if inputs and targets differ in length, or `batch_size` is not between 1 and n.
+        ValueError: if inputs and targets differ in length, or ``batch_size`` is not between 1 and n.
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int | None = None, seed: int | Sequence[int] = 0):
@@ -69,7 +69,7 @@ class Batches:
         return torch.randperm(len(self.inputs), generator=generator)[: self.per_epoch * self.batch_size]
 
     def order(self, epoch: int, runs: Sequence[int]) -> Tensor:
-        """The examples of each batch of an epoch, `(per_epoch, B)`, or `(per_epoch, S, B)` if `per_run`."""
+        """The examples of each batch of an epoch, ``(per_epoch, B)``, or ``(per_epoch, S, B)`` if ``per_run``."""
         if self.per_run:
             seeds = [self.seed[run] for run in runs]
             rows = torch.stack([self._permutation(seed, epoch).view(self.per_epoch, -1) for seed in seeds], dim=1)
@@ -78,11 +78,11 @@ class Batches:
         return rows.to(self.inputs.device)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one batch, each with the axes of `index` in front."""
+        """Inputs and targets of one batch, each with the axes of ``index`` in front."""
         return self.inputs[index], self.targets[index]
 
     def walk(self, runs: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Step number, inputs and targets for the steps from `start` up to and including `stop`."""
+        """Step number, inputs and targets for the steps from ``start`` up to and including ``stop``."""
         order = None
         for step in range(start, stop + 1):
             if self.batch_size is None:
@@ -116,13 +116,13 @@ def train_step(
         ensemble: S runs.
         optimizer: over its parameters.
         loss: from the outputs and targets of one run to a scalar.
-        inputs: `(N, ...)`, or `(S, N, ...)` with `per_run`.
+        inputs: ``(N, ...)``, or ``(S, N, ...)`` with ``per_run``.
         targets: likewise.
-        alive: which runs have not diverged, `(S,)` booleans.
+        alive: which runs have not diverged, ``(S,)`` booleans.
         per_run: whether each run has a batch of its own.
 
     Returns:
-        The losses before the step, `(S,)`, and which runs are still alive, `(S,)`.
+        The losses before the step, ``(S,)``, and which runs are still alive, ``(S,)``.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = ensemble.losses(loss, inputs, targets, per_run=per_run)
@@ -133,7 +133,7 @@ def train_step(
         # A sum passes on every NaN and infinity, at a fiftieth of the price of testing the elements on a CPU.
         alive = alive & gradient.reshape(len(alive), -1).sum(1).isfinite()
     for gradient in gradients:
-        # nan_to_num and a product: on a CPU five times faster than `torch.where`.
+        # nan_to_num and a product: on a CPU five times faster than ``torch.where``.
         gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(alive.view(-1, *[1] * (gradient.ndim - 1)))
     optimizer.step()
     return losses.detach(), alive
@@ -157,7 +157,7 @@ class PeakMemory(TorchDispatchMode):
 
     Attributes:
         live: bytes alive now.
-        peak: the largest value of `live`.
+        peak: the largest value of ``live``.
     """
 
     def __init__(self):
@@ -190,21 +190,22 @@ def runs_that_fit(
     max_memory: int,
     quantities: Mapping[str, Quantity] | None = None,
 ) -> int:
-    """How many runs can be trained at once in `max_memory` bytes.
+    """How many runs can be trained at once in ``max_memory`` bytes.
 
     One step and one record of one run, then of two, are carried out on copies, and their peak memory counted:
     parameters, gradients, optimizer state, activations, batch and recorded quantities. Every term is linear in the
     number of runs, so the two give the peak of any number.
 
     Args:
-        ensemble, make_optimizer, loss, batches, quantities: as for `train`.
-        max_memory: bytes for everything that training adds to the ensemble and the data.
+        ensemble, make_optimizer, loss, batches, quantities: as for ``train``.
+        max_memory: bytes for all tensors that training adds to the ensemble and the data. The process may take more:
+            a C library that keeps freed blocks for later has been seen to double it.
 
     Returns:
         A number of runs between 1 and S.
 
     Raises:
-        ValueError: if `max_memory` is too small for a single run; it says how much one run needs.
+        ValueError: if ``max_memory`` is too small for a single run; it says how much one run needs.
     """
     peaks = []
     for count in (1, 2):
@@ -269,7 +270,7 @@ def _fingerprint(ensemble, make_optimizer, loss, batches, steps, record_every, q
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` such that a crash at any moment leaves the old file or the new one, never part of one."""
+    """Write ``state`` such that a crash at any moment leaves the old file or the new one, never part of one."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         torch.save(state, file)
@@ -287,7 +288,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, settings: Mapping[str, str], device: torch.device) -> dict | None:
     """The state to continue from, or None if there is none.
 
-    A file that cannot be read, a truncated one say, is set aside as `<name>.damaged`, with a warning.
+    A file that cannot be read, a truncated one say, is set aside as ``<name>.damaged``, with a warning.
 
     Raises:
         ValueError: if the checkpoint was made under other settings; it names them.
@@ -318,9 +319,9 @@ class Training:
     """What training leaves behind, besides the trained ensemble.
 
     Attributes:
-        records: one row for each run, record point and quantity: `run`, `step`, `quantity`, `value`. The value at
+        records: one row for each run, record point and quantity: ``run``, ``step``, ``quantity``, ``value``. The value at
             step k belongs to the parameters after k updates; it is NaN once the run has diverged.
-        runs: one row for each run: `run`, `status` ("ok" or "diverged") and `diverged_at`, the first step at which
+        runs: one row for each run: ``run``, ``status`` ("ok" or "diverged") and ``diverged_at``, the first step at which
             the loss or the gradient was not finite, missing for a run that is ok.
     """
 
@@ -351,22 +352,22 @@ def train(
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
 ) -> Training:
-    """Train every run of an ensemble, in place, for `steps` updates.
+    """Train every run of an ensemble, in place, for ``steps`` updates.
 
-    Step k evaluates the losses on batch k and updates; at step `steps` the losses are evaluated and nothing more. A
+    Step k evaluates the losses on batch k and updates; at step ``steps`` the losses are evaluated and nothing more. A
     repeated call gives bit-identical results, and so does a call that continues a killed one from its checkpoint.
 
     Args:
         ensemble: the S runs; it holds the trained parameters afterwards.
         make_optimizer: from the runs that are trained at once to their optimizer, such as
-            `lambda part: SGD(part.parameters(), lr=rates[part.runs])`.
+            ``lambda part: SGD(part.parameters(), lr=rates[part.runs])``.
         loss: from the outputs and targets of one run to a scalar.
         batches: the data.
         steps: number of updates.
-        record_every: the training loss and the quantities are recorded at steps 0, `record_every`, ... and `steps`.
-        quantities: named functions from an ensemble to one value for each of its runs, `(S,)`, to be recorded.
-        max_memory: bytes that training may add to the ensemble and the data; runs are trained in equal chunks, one
-            chunk after the other, as many at once as `runs_that_fit`. None trains all at once.
+        record_every: the training loss and the quantities are recorded at steps 0, ``record_every``, ... and ``steps``.
+        quantities: named functions from an ensemble to one value for each of its runs, ``(S,)``, to be recorded.
+        max_memory: bytes of tensors that training may add to the ensemble and the data (see ``runs_that_fit``). Runs
+            are trained in equal chunks, one chunk after the other, as many at once as fit. None trains all at once.
         checkpoint: file to continue from and to save to; it stays behind complete, and answers a repeated call.
         checkpoint_seconds: least time between two saves; saves happen at record points.
         progress: whether to show a progress bar.
@@ -375,7 +376,7 @@ def train(
         The records and the status of each run.
 
     Raises:
-        ValueError: if an argument is out of range, `max_memory` is below what one run needs, or the checkpoint
+        ValueError: if an argument is out of range, ``max_memory`` is below what one run needs, or the checkpoint
             belongs to other settings.
     """
     if steps < 0:

@@ -121,11 +121,8 @@ class Chapter:
                 self.names |= {"profile": profile, "ledger_dir": str(folder)}
 
     def verdicts(self, claims: tuple[str, ...], source: str) -> dict[str, str]:
-        """The verdicts of one check cell, from a fresh copy of the notebook's names and empty caches."""
+        """The verdicts of one check cell, from a fresh copy of the notebook's names."""
         names = dict(self.names)
-        for value in names.values():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
         book = names["ledger"]
         for claim in claims:
             book.decided.pop(claim, None)
@@ -134,6 +131,12 @@ class Chapter:
         except Exception as error:  # a mutated formula may well raise; that is reported, and is not a verdict
             return dict.fromkeys(claims, f"error: {type(error).__name__}: {error}")
         return {claim: book.decided[claim]["verdict"] if claim in book.decided else "no decision" for claim in claims}
+
+    def forget(self) -> None:
+        """Empty the caches of the notebook's helpers: what they hold was computed by another library."""
+        for value in self.names.values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
     @staticmethod
     def _execute(source: str, names: dict[str, Any]) -> None:
@@ -159,8 +162,10 @@ def run_chapter(chapter: str, profile: str, only: set[str] | None, say) -> list[
             outcomes = []
             for mutation in own:
                 if mutation.function:
+                    book.forget()
                     with patched(mutation):
                         after = book.verdicts(claims, source)
+                    book.forget()
                 else:
                     after = book.verdicts(claims, replaced(source, mutation, f"the cell of {', '.join(claims)}"))
                 outcomes.append((mutation, after))
