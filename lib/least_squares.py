@@ -90,8 +90,8 @@ def sphere(shape: tuple[int, ...], generator: torch.Generator, device: torch.dev
 
 @dataclass(frozen=True)
 class State:
-    """Iterates of ``B`` runs: ``a`` ``(B,)``, ``w`` ``(B, d)``, ``diverged_at`` ``(B,)`` (first step with a non-finite
-    iterate, -1 for none)."""
+    """Iterates of ``B`` runs: ``a`` ``(B,)``, ``w`` ``(B, d)``, ``diverged_at`` ``(B,)`` (the step at which a non-finite
+    iterate was seen, at most one step late; -1 for none)."""
 
     a: Tensor
     w: Tensor
@@ -221,36 +221,38 @@ def saddle_multipliers(
     return 1 - step_a / 2 - root / 2, 1 - step_a / 2 + root / 2
 
 
-def _advance(
-    eigenvalues: Tensor, correlation: Tensor, a: Tensor, w: Tensor, step_a: Tensor, step: Tensor, Hw: Tensor
-) -> None:
-    """:func:`bngd_step` in place, with ``Hw`` as work space."""
-    torch.mul(w, eigenvalues, out=Hw)
-    sigma_squared = torch.linalg.vecdot(w, Hw)
-    sigma = sigma_squared.sqrt()
-    y = torch.linalg.vecdot(w, correlation)
+def _advance(a: Tensor, v: Tensor, step_a: Tensor, step: Tensor, eigenvalues, target, pull, work: Tensor) -> None:
+    r""":func:`bngd_step` in place, on :math:`v=H^{1/2}w`: there :math:`\sigma=\|v\|` and :math:`y=v^TH^{1/2}u`.
+
+    ``target`` is :math:`H^{1/2}u`, ``pull`` is :math:`H^{1/2}g`, ``work`` is space of the shape of ``v``.
+    """
+    sigma = torch.linalg.vector_norm(v, dim=-1)
+    y = torch.linalg.vecdot(v, target)
     c = step * a / sigma
     a += step_a * (y / sigma - a)
-    w.addcmul_((c * y / sigma_squared).unsqueeze(-1), Hw, value=-1)
-    w.addcmul_(c.unsqueeze(-1), correlation)
+    torch.mul(v, eigenvalues, out=work)
+    v.addcmul_((c * y / sigma**2).unsqueeze(-1), work, value=-1)
+    v.addcmul_(c.unsqueeze(-1), pull)
 
 
 def _run_chunk(problem, a, w, step_a, step, steps, watch, bar) -> State:
-    Hw = torch.empty_like(w)
-    correlation = problem.correlation
+    root = problem.eigenvalues.sqrt()
+    target, pull = root * problem.minimizer, root * problem.correlation
+    v = root * w
+    work = torch.empty_like(v)
     diverged_at = torch.full(a.shape, -1, dtype=torch.int64, device=a.device)
     for k in range(steps):
         if watch is not None:
-            watch(k, a, w)
-        _advance(problem.eigenvalues, correlation, a, w, step_a, step, Hw)
-        # a is finite at step k+1 unless w was not at step k, and a non-finite w stays so: one (B,) test is enough.
+            watch(k, a, v / root)
+        _advance(a, v, step_a, step, problem.eigenvalues, target, pull, work)
+        # A non-finite w makes a non-finite one step later and stays so, hence one test of (B,) values a step is enough.
         diverged_at = torch.where((diverged_at < 0) & ~torch.isfinite(a), k + 1, diverged_at)
         if (k + 1) % 64 == 0:
             bar.update(64 * len(a))
+    w = v / root
     if watch is not None:
         watch(steps, a, w)
-    diverged_at = torch.where((diverged_at < 0) & ~torch.isfinite(w).all(-1), steps, diverged_at)
-    return State(a, w, diverged_at)
+    return State(a, w, torch.where((diverged_at < 0) & ~torch.isfinite(w).all(-1), steps, diverged_at))
 
 
 def _broadcast_runs(problem, a, w, step_a, step):
@@ -464,3 +466,95 @@ def bngd_step_exact(eigenvalues, correlation, a, w, step_a, step, sqrt):
     c, t = step * a / sigma, y / sigma_squared
     w_new = [x + c * (g - t * h) for x, g, h in zip(w, correlation, Hw, strict=True)]
     return a + step_a * (y / sigma - a), w_new, y, sigma
+
+
+def mbngd_step(problem: LeastSquares, w: Tensor, step: Tensor | float) -> Tensor:
+    r"""One step of modified batch-normalized gradient descent, eq. (81): (10) with :math:`a=\alpha(w)`.
+
+    :math:`w'=w+\varepsilon t(g-tHw)` with :math:`t=y/\sigma^2`. ``w``: ``(B, d)``; ``step``: ``(B,)`` or a number. This
+    is the reference; :func:`mbngd` runs the same step in place on many runs.
+    """
+    Hw = problem.eigenvalues * w
+    t = (torch.linalg.vecdot(w, problem.correlation) / torch.linalg.vecdot(w, Hw)).unsqueeze(-1)
+    return w + torch.as_tensor(step, dtype=w.dtype, device=w.device).unsqueeze(-1) * t * (problem.correlation - t * Hw)
+
+
+def mbngd(
+    problem: LeastSquares, w: Tensor, step: Tensor | float, steps: int, *, max_memory: int = 2**22
+) -> State:
+    r"""``steps`` steps of modified batch-normalized gradient descent, eq. (81), on ``B`` independent runs.
+
+    Arguments as in :func:`bngd`; there is no ``a``: the result's is :math:`\alpha(w)`, so that :func:`observe` reads off
+    :math:`\hat\varepsilon=\varepsilon(y/\sigma^2)^2` and the loss :math:`q/2`. Inside, a run is a column: all products then
+    run along contiguous memory also for small ``d``, and the default chunk fits the cache. Raises ``ValueError`` for bad shapes or values, before any work.
+    """
+    _, w, _, step, u = _broadcast_runs(problem, 0.0, w, 0.0, step)
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps must be a whole number, at least 0, got {steps!r}")
+    runs, dimension = w.shape
+    chunk = max(1, int(max_memory // (CHUNK_BYTES_PER_VALUE * dimension)))
+    eigenvalues = problem.eigenvalues.unsqueeze(-1)
+    parts, finite = [], []
+    for first in range(0, runs, chunk):
+        part = slice(first, first + chunk)
+        x, size = w[part].T.contiguous().clone(), step[part].contiguous()
+        g = (eigenvalues * (u[part].T if u.dim() == 2 else u.unsqueeze(-1))).contiguous()
+        Hx, product = torch.empty_like(x), torch.empty_like(x)
+        finite_steps = torch.zeros_like(size)
+        for _ in range(steps):
+            torch.mul(x, eigenvalues, out=Hx)
+            t = torch.mul(x, g, out=product).sum(0)
+            t /= torch.mul(x, Hx, out=product).sum(0)
+            finite_steps += t.abs() < torch.inf  # a non-finite x stays so: the count is the first such step
+            c = size * t
+            x.addcmul_(Hx, c * t, value=-1)
+            x.addcmul_(g, c)
+        finite.append((finite_steps + torch.isfinite(x).all(0)).long())
+        parts.append(x.T.contiguous())
+    x, finite_steps = torch.cat(parts), torch.cat(finite)
+    alpha = torch.linalg.vecdot(x, problem.correlation) / problem.norm_squared(x).sqrt()
+    return State(alpha, x, torch.where(finite_steps <= steps, finite_steps, -1))
+
+
+def residual_recursion(
+    problem: LeastSquares,
+    a: Tensor | float,
+    w: Tensor,
+    step_a: Tensor | float,
+    step: Tensor | float,
+    steps: int,
+    *,
+    watch: Callable[[int, Tensor, Observables], None] | None = None,
+) -> tuple[Tensor, Observables]:
+    r"""BNGD with the residual e and the gap :math:`\beta=a-\alpha` carried along: no cancellation however small they get.
+
+    With :math:`P=(I-\hat\varepsilon H)e`, :math:`b=g^TP`, :math:`p=\|P\|_H^2`, :math:`\omega=\frac{p-b}{U-2b+p}`:
+    :math:`e'=\omega u+(1-\omega)P`, :math:`w'=w+\varepsilon\frac a\sigma He` and, as :math:`\alpha^2=U-q`,
+    :math:`\beta'=(1-\varepsilon_a)\beta+\frac{q'-q}{\alpha+\alpha'}`. Where :math:`q\ge U/2` (near a saddle) e and
+    :math:`\alpha-\alpha'` are taken from their definitions, which do not cancel there. Arguments as in :func:`bngd`; ``watch``
+    is called with ``(k, beta, observables)`` for k from 0 to ``steps``. Returns the last ``(beta, observables)``.
+    """
+    a, w, step_a, step, u = _broadcast_runs(problem, a, w, step_a, step)
+    lam, g, U = problem.eigenvalues, problem.correlation, problem.energy
+    now = observe(problem, a, w, step)
+    beta = a - now.alpha
+    for k in range(steps + 1):
+        if watch is not None:
+            watch(k, beta, now)
+        if k == steps:
+            break
+        P = now.e - now.effective_step.unsqueeze(-1) * lam * now.e
+        b, p = torch.linalg.vecdot(P, g), problem.norm_squared(P)
+        omega = ((p - b) / (U - 2 * b + p)).unsqueeze(-1)
+        w = w + (step * (now.alpha + beta) / now.sigma).unsqueeze(-1) * lam * now.e
+        plain = observe(problem, now.alpha, w, step)
+        near = now.q < U / 2
+        e = torch.where(near.unsqueeze(-1), omega * u + (1 - omega) * P, plain.e)
+        q = problem.norm_squared(e)
+        direct = now.alpha - plain.alpha
+        smooth = near & (q < U / 2) & (now.alpha * plain.alpha > 0)
+        drop = torch.where(smooth, (q - now.q) / (now.alpha + plain.alpha), direct)
+        beta = (1 - step_a) * beta + drop
+        effective = step * ((plain.alpha + beta) / plain.sigma) * (plain.y / plain.sigma**2)
+        now = Observables(plain.sigma, plain.y, plain.alpha, e, q, effective, (q + beta**2) / 2)
+    return beta, now
