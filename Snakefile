@@ -20,7 +20,7 @@ RUN = BUILD + "/runs/{profile}/seed-{seed}/{chapter}.ipynb"
 RECORDS = BUILD + "/ledger/{profile}/seed-{seed}/{chapter}.jsonl"
 LEDGER = BUILD + "/ledger/{profile}/ledger.csv"
 PAGE = BUILD + "/pages/{profile}/{page}.ipynb"
-SOURCES = [str(p) for p in sorted(Path("book").glob("*.md")) + sorted(Path("book/_static").glob("*"))]
+SOURCES = [str(p) for p in sorted(Path("book").glob("*.md")) + sorted(Path("book/_static").glob("*")) + sorted(Path("book/_ext").glob("*.py"))]
 
 wildcard_constraints:
     profile="|".join(runtime.PROFILES),

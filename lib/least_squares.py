@@ -479,14 +479,13 @@ def mbngd_step(problem: LeastSquares, w: Tensor, step: Tensor | float) -> Tensor
     return w + torch.as_tensor(step, dtype=w.dtype, device=w.device).unsqueeze(-1) * t * (problem.correlation - t * Hw)
 
 
-def mbngd(
-    problem: LeastSquares, w: Tensor, step: Tensor | float, steps: int, *, max_memory: int = 2**22
-) -> State:
+def mbngd(problem: LeastSquares, w: Tensor, step: Tensor | float, steps: int, *, max_memory: int = 2**20) -> State:
     r"""``steps`` steps of modified batch-normalized gradient descent, eq. (81), on ``B`` independent runs.
 
     Arguments as in :func:`bngd`; there is no ``a``: the result's is :math:`\alpha(w)`, so that :func:`observe` reads off
-    :math:`\hat\varepsilon=\varepsilon(y/\sigma^2)^2` and the loss :math:`q/2`. Inside, a run is a column: all products then
-    run along contiguous memory also for small ``d``, and the default chunk fits the cache. Raises ``ValueError`` for bad shapes or values, before any work.
+    :math:`\hat\varepsilon=\varepsilon(y/\sigma^2)^2` and the loss :math:`q/2`. Inside, a run is a column, so that products
+    run along contiguous memory also for small ``d``; the default chunk fits the cache. Raises ``ValueError`` for bad shapes
+    or values, before any work.
     """
     _, w, _, step, u = _broadcast_runs(problem, 0.0, w, 0.0, step)
     if not isinstance(steps, int) or steps < 0:
@@ -500,14 +499,16 @@ def mbngd(
         x, size = w[part].T.contiguous().clone(), step[part].contiguous()
         g = (eigenvalues * (u[part].T if u.dim() == 2 else u.unsqueeze(-1))).contiguous()
         Hx, product = torch.empty_like(x), torch.empty_like(x)
-        finite_steps = torch.zeros_like(size)
+        t, c, finite_steps = torch.empty_like(size), torch.empty_like(size), torch.zeros_like(size)
         for _ in range(steps):
             torch.mul(x, eigenvalues, out=Hx)
-            t = torch.mul(x, g, out=product).sum(0)
-            t /= torch.mul(x, Hx, out=product).sum(0)
+            torch.sum(torch.mul(x, Hx, out=product), 0, out=c)
+            torch.sum(torch.mul(x, g, out=product), 0, out=t)
+            t /= c
             finite_steps += t.abs() < torch.inf  # a non-finite x stays so: the count is the first such step
-            c = size * t
-            x.addcmul_(Hx, c * t, value=-1)
+            torch.mul(size, t, out=c)
+            t *= c
+            x.addcmul_(Hx, t, value=-1)
             x.addcmul_(g, c)
         finite.append((finite_steps + torch.isfinite(x).all(0)).long())
         parts.append(x.T.contiguous())

@@ -88,14 +88,15 @@ def test_a_run_that_overflows_is_marked_and_disturbs_no_other():
     problem, w, step = instances(5)
     step[3] = 1e308
     end = ols.mbngd(problem, w, step, 10)
-    assert end.diverged_at[3] in (1, 2) and (end.diverged_at >= 0).sum() == 1
+    assert end.diverged_at[3] in (1, 2)
+    assert (end.diverged_at >= 0).sum() == 1
     keep = torch.arange(len(w)) != 3
     fine = ols.LeastSquares(problem.eigenvalues, problem.minimizer[keep])
     torch.testing.assert_close(end.w[keep], ols.mbngd(fine, w[keep], step[keep], 10).w, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [({"steps": -1}, "steps must"), ({"w": torch.zeros(40, 6)}, "w must not be zero"), ({"step": torch.nan}, "step")],
 )
 def test_bad_arguments_are_refused_by_name(change, message):

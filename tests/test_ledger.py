@@ -184,6 +184,24 @@ def test_a_small_profile_leaves_a_claim_undecided_with_the_profile_that_decides(
     assert record["checks"][0]["passed"]
 
 
+@pytest.mark.parametrize(("claim", "checks"), [("toy-figure", {}), ("toy-figure", {"findings": [PASS]}),
+                                               ("toy-statement", {}), ("toy-statement", {"printed": [PASS]})])  # fmt: skip
+def test_what_cannot_be_had_leaves_a_claim_undecided_for_that_reason(book, claim, checks):
+    record = book.decide(claim, needs="full", unavailable="no source has the data set", **checks)
+    assert (record["verdict"], record["reason"]) == ("undecided", "no source has the data set")
+    assert len(record["checks"]) == len(checks)
+    assert ledger.read(book.path)[0]["reason"] == "no source has the data set"
+
+
+def test_a_missing_data_set_needs_a_reason_and_excuses_no_wrong_kind_of_check(book):
+    with pytest.raises(ValueError, match="unavailable must say"):
+        book.decide("toy-figure", findings=[PASS], unavailable=" ")
+    with pytest.raises(ValueError, match="toy-figure is an experiment"):
+        book.decide("toy-figure", printed=[PASS], unavailable="no data")
+    with pytest.raises(ValueError, match="toy-figure is an experiment"):
+        book.decide("toy-figure", unavailable=None)
+
+
 def test_cards_show_the_erratum_only_where_evidence_bears_it_out(book, registry):
     shown = ledger.cards.card(registry["toy-wrong"], book.decide("toy-wrong", printed=[FAIL], corrected=[PASS]))
     assert "Erratum (wrong constant)" in shown

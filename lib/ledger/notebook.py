@@ -50,6 +50,7 @@ class Ledger:
         counterexample: Sequence[Check] = (),
         findings: Sequence[Check] = (),
         needs: str | None = None,
+        unavailable: str | None = None,
         seeds: int = 1,
     ) -> dict[str, Any]:
         """Compute the verdict of a claim from its evidence, append the record, show the card, return the record.
@@ -65,18 +66,24 @@ class Ledger:
             raise ValueError(
                 f"claim {claim_id!r} belongs to chapter {claim.chapter!r}, this run is {self.run.chapter!r}"
             )
-        if claim.experiment != bool(findings) or claim.experiment == bool(printed):
+        if unavailable is not None and not unavailable.strip():
+            raise ValueError(f"unavailable must say what is missing, or be None, got {unavailable!r}")
+        wrong_kind = bool(printed) if claim.experiment else bool(findings)
+        none_of_its_kind = not (findings if claim.experiment else printed)
+        if wrong_kind or (none_of_its_kind and unavailable is None):
             wanted = "findings" if claim.experiment else "printed"
             raise ValueError(
                 f"{claim_id} is {'an experiment' if claim.experiment else 'a statement'}: give {wanted}=[...]"
             )
         if (corrected or counterexample) and claim.erratum is None:
             raise ValueError(f"{claim_id} has no erratum in the registry, so nothing of it can be corrected or refuted")
-        if claim.experiment:
+        if unavailable is not None:
+            verdict, reason = UNDECIDED, unavailable
+        elif claim.experiment:
             verdict, reason = verdict_of_experiment(findings)
         else:
             verdict, reason = verdict_of_statement(printed, corrected, counterexample)
-        if needs is not None and not self.run.reaches(needs):
+        if needs is not None and not self.run.reaches(needs) and unavailable is None:
             verdict, reason = UNDECIDED, f"profile {self.run.profile} is too small; {needs} decides"
         now = time.perf_counter()
         roles = (

@@ -127,8 +127,12 @@ def test_a_phone_can_read_a_chapter_without_scrolling_sideways(site, browser):
     try:
         browser.get(f"{site}/3_bngd.html")
         settle(browser)
-        assert browser.execute_script(
-            "return document.documentElement.scrollWidth <= document.documentElement.clientWidth + 1"
+        assert browser.execute_script("window.scrollTo(200, 0); return window.scrollX") == 0
+        wide = browser.execute_script(
+            "const edge = document.documentElement.clientWidth + 1;"
+            "return [...document.querySelectorAll('article.bd-article > section > *')]"
+            ".filter(e => e.getBoundingClientRect().right > edge).map(e => e.outerHTML.slice(0, 80))"
         )
+        assert not wide
     finally:
         browser.set_window_size(1300, 1600)

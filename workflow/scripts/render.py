@@ -27,7 +27,8 @@ def stage(folder: Path, notebooks: list[Path]) -> None:
     shutil.copy(ROOT / "_toc.yml", folder)
     for path in [*(ROOT / "book").glob("*.md"), ROOT / "book" / "references.bib"]:
         shutil.copy(path, folder / "book")
-    shutil.copytree(ROOT / "book" / "_static", folder / "book" / "_static")
+    for name in ("_static", "_ext"):
+        shutil.copytree(ROOT / "book" / name, folder / "book" / name)
     names = {chapter: entry["notebook"] for chapter, entry in chapter_table()["chapters"].items()}
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
