@@ -23,7 +23,9 @@ def main() -> int:
             rows.append(row)
             ratio, need = row["ratio"], row["at_least"]
             mark = "ok" if ratio["median"] >= need else "FALLS SHORT"
-            print(f"{row['name']}: {ratio['median']:.1f}x [{ratio['min']:.1f}, {ratio['max']:.1f}], at least {need}x: {mark}")
+            print(
+                f"{row['name']}: {ratio['median']:.1f}x [{ratio['min']:.1f}, {ratio['max']:.1f}], at least {need}x: {mark}"
+            )
     environment = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "code": runtime.code_version(),

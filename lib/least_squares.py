@@ -182,9 +182,7 @@ def bngd(
         part = slice(first, first + chunk)
         minimizer = u if u.dim() == 1 else u[part]
         local = LeastSquares(problem.eigenvalues, minimizer)
-        parts.append(
-            _run_chunk(local, a[part].clone(), w[part].clone(), step_a[part], step[part], steps, watch, bar)
-        )
+        parts.append(_run_chunk(local, a[part].clone(), w[part].clone(), step_a[part], step[part], steps, watch, bar))
     bar.close()
     return State(*(torch.cat([getattr(p, name) for p in parts]) for name in ("a", "w", "diverged_at")))
 
@@ -429,9 +427,7 @@ def effective_step_bound(problem: LeastSquares, a: Tensor, w: Tensor, step: Tens
     return torch.where(a * now.y > 0, bound, torch.inf)
 
 
-def norm_bound(
-    problem: LeastSquares, a: Tensor, w: Tensor, step_a: Tensor | float, step: Tensor | float
-) -> Tensor:
+def norm_bound(problem: LeastSquares, a: Tensor, w: Tensor, step_a: Tensor | float, step: Tensor | float) -> Tensor:
     r"""A bound on :math:`\|w_k\|^2` for all k, from the start alone, for :math:`\varepsilon_a\in(0,2)` and every step.
 
     With :math:`r=|1-\varepsilon_a|`, :math:`A\ge|a_k|`, :math:`B=A+\sqrt U`,

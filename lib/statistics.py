@@ -41,9 +41,7 @@ def _sample(name: str, values: ArrayLike, at_least: int) -> np.ndarray:
     return sample
 
 
-def _pair(
-    x_name: str, x: ArrayLike, y_name: str, y: ArrayLike, at_least: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _pair(x_name: str, x: ArrayLike, y_name: str, y: ArrayLike, at_least: int) -> tuple[np.ndarray, np.ndarray]:
     first, second = _sample(x_name, x, at_least), _sample(y_name, y, at_least)
     if len(first) != len(second):
         raise ValueError(f"{y_name} must be as many as {x_name}, got {len(second)} for {len(first)}")
@@ -125,9 +123,7 @@ def bootstrap(
     return Interval(float(statistic(values, axis=-1)), float(low), float(high), confidence)
 
 
-def paired_smaller(
-    a: ArrayLike, b: ArrayLike, *, test: str = "wilcoxon", confidence: float = 0.95
-) -> Comparison:
+def paired_smaller(a: ArrayLike, b: ArrayLike, *, test: str = "wilcoxon", confidence: float = 0.95) -> Comparison:
     """Is a smaller than b, pair by pair (the same seed, the same start)?
 
     ``wilcoxon`` needs differences that are symmetric about their median; ``sign`` needs nothing; ``t`` needs normal ones.

@@ -400,9 +400,7 @@ def train(
     first_chunk, resumed = 0, None
     if checkpoint is not None:
         checkpoint = Path(checkpoint)
-        settings = _fingerprint(
-            ensemble, make_optimizer, loss, batches, steps, record_every, quantities, chunk_size
-        )
+        settings = _fingerprint(ensemble, make_optimizer, loss, batches, steps, record_every, quantities, chunk_size)
         resumed = load_checkpoint(checkpoint, settings, device)
     if resumed is not None:
         ensemble.load_state_dict(resumed["ensemble"])

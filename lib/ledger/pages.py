@@ -57,9 +57,7 @@ def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry)
         old = published.get(row.claim)
         other = f"<br><small>published ({old.profile}): {html.escape(old.verdict)}</small>" if old else ""
         name = link(claim) if row.verdict != OPEN else claim.id
-        evidence = (
-            f"<p><small>{text(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
-        )
+        evidence = f"<p><small>{text(row.measured)} {html.escape(row.threshold)}</small></p>" if row.measured else ""
         rows.append(
             f'<tr data-chapter="{claim.chapter}" data-verdict="{html.escape(row.verdict)}">'
             f"<td>{verdict_label(row.verdict)}{other}</td>"

@@ -1,9 +1,9 @@
 """Break the mathematics on purpose: a check that no broken formula can upset proves nothing.
 
 ``book/mutations/<chapter>.yml`` lists mutations: the claims they must upset, a replacement in the claim's check cell
-(``cell``) or in a function of the library (``lib``), and why. The harness runs a chapter's untagged cells once, then each
-cell that decides a claim: first as it stands, then under each of its mutations. A mutation counts if the verdict changes;
-an exception does not count. Claims that the profile is too small to decide are tried again at ``quick``.
+(``cell``) or in a function of the library (``lib``), and why. The harness runs a chapter's cells in order; a cell that
+decides claims is run first as it stands, then under each of its mutations. A mutation counts if the verdict changes; an
+exception does not count. Claims that the profile is too small to decide are tried again at ``quick``.
 """
 
 from __future__ import annotations
@@ -101,24 +101,25 @@ def patched(mutation: Mutation) -> Iterator[None]:
 
 
 class Chapter:
-    """A chapter's notebook with its untagged cells run."""
+    """A chapter's notebook, run cell by cell in a namespace of its own; the cells that decide claims only on request."""
 
-    def __init__(self, chapter: str, notebook: Path, profile: str, registry: ledger.registry.Registry, folder: Path):
-        cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
-        self.checks = {}
-        setup = []
-        for cell in cells:
-            source = "".join(cell["source"])
-            claims = tuple(tag for tag in cell["metadata"].get("tags", []) if tag in registry)
-            if claims:
-                self.checks[claims] = source
-            else:
-                setup.append((cell["metadata"].get("tags", []), source))
+    def __init__(self, notebook: Path, profile: str, registry: ledger.registry.Registry, folder: Path):
+        self.cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+        self.parameters = {"profile": profile, "ledger_dir": str(folder)}
+        self.registry = registry
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        for tags, source in setup:
+
+    def checks(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The claims and the source of each deciding cell, in order, with the cells before it run (but not the deciding)."""
+        for cell in self.cells:
+            source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
+            claims = tuple(tag for tag in tags if tag in self.registry)
+            if claims:
+                yield claims, source
+                continue
             self._execute(source, self.names)
             if "parameters" in tags:
-                self.names |= {"profile": profile, "ledger_dir": str(folder)}
+                self.names |= self.parameters
 
     def verdicts(self, claims: tuple[str, ...], source: str) -> dict[str, str]:
         """The verdicts of one check cell, from a fresh copy of the notebook's names."""
@@ -140,9 +141,10 @@ class Chapter:
 
     @staticmethod
     def _execute(source: str, names: dict[str, Any]) -> None:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exec(compile(source, "<cell>", "exec"), names)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exec(compile(source, "<cell>", "exec"), names)
 
 
 def run_chapter(chapter: str, profile: str, only: set[str] | None, say) -> list[dict[str, str]]:
@@ -152,8 +154,8 @@ def run_chapter(chapter: str, profile: str, only: set[str] | None, say) -> list[
     mutations = load(ROOT / "book" / "mutations" / f"{chapter}.yml", registry)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        book = Chapter(chapter, notebook, profile, registry, Path(folder))
-        for claims, source in book.checks.items():
+        book = Chapter(notebook, profile, registry, Path(folder))
+        for claims, source in book.checks():
             wanted = set(claims) if only is None else set(claims) & only
             own = [m for m in mutations if set(m.claims) & wanted]
             if not wanted:
