@@ -43,8 +43,9 @@ bench: $(READY)  ## measure the library against its peers, side by side
 compare: $(READY)  ## compare the last run's ledger with the published one
 	@$(RUN) python -m workflow.scripts.ledger compare $(BUILD)/ledger/$(PROFILE)/ledger.csv
 
-publish: $(READY)  ## put the last run's ledger into results/ledger.csv
+publish: $(READY)  ## put the last run's ledger into results/ledger.csv, its phase diagram into the README
 	@$(RUN) python -m workflow.scripts.ledger publish $(BUILD)/ledger/$(PROFILE)/ledger.csv
+	@$(RUN) python -m workflow.scripts.picture $(BUILD)/runs/$(PROFILE)/seed-$(firstword $(SEEDS))/bngd.ipynb phase-diagram book/_static/phase-diagram.svg
 
 lint: $(READY)  ## style
 	@$(RUN) ruff check .
