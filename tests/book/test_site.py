@@ -93,6 +93,8 @@ def test_the_chapter_is_typeset_with_figures_and_verdicts(site, browser, built):
     assert not broken
     without = browser.execute_script("return [...document.images].filter(i => !i.alt).map(i => i.src.slice(0, 80))")
     assert not without
+    hidden = "return [...document.querySelectorAll('figure > figcaption')].filter(c => !c.offsetHeight).length"
+    assert browser.execute_script(hidden) == 0, "a caption is not shown"
     text = browser.execute_script("return document.querySelector('.verdict-card').innerText")
     assert "$" not in text, "mathematics in a card is not typeset"
 
@@ -103,6 +105,11 @@ def test_the_theme_shows_one_picture_of_each_figure(site, browser):
     for theme in ("light", "dark"):
         browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
         assert set(browser.execute_script(shown)) == {f"only-{theme}"}
+        grounds = browser.execute_script(
+            "return [...document.querySelectorAll('div.cell_output .text_html, figure img')]"
+            ".map(e => getComputedStyle(e).backgroundColor)"
+        )
+        assert set(grounds) == {"rgba(0, 0, 0, 0)"}, f"output of the {theme} page stands on a ground of its own"
 
 
 def test_the_scoreboard_filters_and_links_to_the_evidence(site, browser, built):
