@@ -126,7 +126,7 @@ class Figure:
         )
         label = f'<a href="#fig-{self.name}" title="link to this figure">Figure <code>{self.name}</code></a>'
         return (
-            f'<figure id="fig-{self.name}" class="tex2jax_process mathjax_process" style="margin:1em 0">{images}'
+            f'<figure id="fig-{self.name}" class="tex2jax_process mathjax_process" style="margin:1em 0"><div>{images}</div>'
             f'<figcaption style="font-size:92%">{label}. {text(self.caption)} '
             f'<span style="opacity:.7">(code {runtime.code_version()})</span></figcaption></figure>'
         )
