@@ -11,7 +11,6 @@ import html
 import io
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -130,10 +129,6 @@ class Figure:
             f'<figcaption style="font-size:92%">{label}. {text(self.caption)} '
             f'<span style="opacity:.7">(code {runtime.code_version()})</span></figcaption></figure>'
         )
-
-    def save(self, path: str | Path, theme: str = "light") -> None:
-        """Write one of the two pictures as SVG."""
-        Path(path).write_bytes(self.pictures[theme])
 
 
 def show(
