@@ -8,7 +8,6 @@ BUILD ?= _build
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-export OMP_WAIT_POLICY ?= PASSIVE
 RUN := source $(VENV)/bin/activate &&
 SNAKEMAKE := $(RUN) python -m snakemake --cores all --quiet rules --rerun-incomplete --config "profile=$(PROFILE)" "seeds=$(SEEDS)" "device=$(DEVICE)" "build=$(BUILD)"
 
