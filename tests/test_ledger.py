@@ -327,7 +327,19 @@ def test_an_experiment_with_another_verdict_on_the_same_data_disagrees(tmp_path,
     assert "published as 'reproduced' at smoke, now 'not reproduced'" in problems[0]
 
 
-def test_the_errata_page_prints_only_what_the_table_bears_out(book, registry):
-    assert "No erratum yet" in ledger.pages.errata(table_of(book, registry), registry, "toy")
+def test_the_errata_page_prints_only_what_the_records_bear_out(book, registry):
+    def page():
+        return ledger.pages.errata(ledger.read(book.path) if book.path.exists() else [], registry, "toy")
+
+    assert "No erratum yet" in page()
     book.decide("toy-wrong", printed=[FAIL], corrected=[PASS])
-    assert "a 3" in ledger.pages.errata(table_of(book, registry), registry, "toy")
+    assert "a 3" in page()
+    assert "Fails as printed:</b> x: 2 ≤ 1" in page()
+    book.decide("toy-wrong", printed=[PASS], corrected=[PASS])
+    assert "No erratum yet" in page()
+
+
+def test_an_erratum_that_depends_on_the_seed_is_not_printed(book, registry):
+    one = book.decide("toy-wrong", printed=[FAIL], corrected=[PASS])
+    other = book.decide("toy-wrong", printed=[PASS], corrected=[PASS])
+    assert "No erratum yet" in ledger.pages.errata([one, other], registry, "toy")

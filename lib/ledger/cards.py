@@ -86,25 +86,25 @@ def family(title: str, pairs: Iterable[tuple[Claim, dict[str, Any]]]) -> str:
     for claim, record in pairs:
         checks = "".join(_check_item(check) for check in record["checks"])
         rows.append(
-            f'<tr id="{anchor(claim.id)}"><td style="width:11em">{badge(record["verdict"])}<br><b>{text(claim.where)}</b>'
+            f'<tr id="{anchor(claim.id)}"><td>{badge(record["verdict"])}<br><b>{text(claim.where)}</b>'
             f'<br><code style="font-size:80%;opacity:.8">{claim.id}</code></td>'
             f'<td style="text-align:left">{text(claim.statement)}'
             f'<ul style="margin:.3em 0 0 .6em;padding:0">{checks}</ul>{_reason(record)}{_erratum(claim, record)}</td></tr>'
         )
-    return _table(title, ("verdict", "claim and evidence"), rows)
+    return _table(title, {"verdict": "11em", "claim and evidence": "auto"}, rows)
 
 
-def overview(title: str, pairs: Iterable[tuple[Claim, dict[str, Any] | None]], page: str = "") -> str:
+def overview(title: str, pairs: Iterable[tuple[Claim, dict[str, Any] | None]]) -> str:
     """Every claim of a chapter with its verdict; a claim that no cell decides reads *open*."""
     rows = []
     for claim, record in pairs:
         verdict = record["verdict"] if record else OPEN
-        name = f'<a href="{page}#{anchor(claim.id)}">{claim.id}</a>' if record else claim.id
+        name = f'<a href="#{anchor(claim.id)}">{claim.id}</a>' if record else claim.id
         rows.append(
-            f"<tr><td>{badge(verdict)}</td><td>{name}</td><td>{text(claim.where)}</td>"
-            f'<td>{claim.weight}</td><td style="text-align:left">{text(claim.statement)}</td></tr>'
+            f"<tr><td>{badge(verdict)}<br>{text(claim.where)}<br><small>weight {claim.weight}</small></td>"
+            f'<td style="text-align:left">{text(claim.statement)}<br><code style="font-size:80%">{name}</code></td></tr>'
         )
-    return _table(title, ("verdict", "claim", "where", "weight", "statement"), rows)
+    return _table(title, {"verdict and place": "11em", "statement": "auto"}, rows)
 
 
 def counts_line(counts: dict[str, int]) -> str:
@@ -114,8 +114,11 @@ def counts_line(counts: dict[str, int]) -> str:
     )
 
 
-def _table(title: str, head: tuple[str, ...], rows: list[str]) -> str:
-    cells = "".join(f'<th scope="col" style="text-align:left">{name}</th>' for name in head)
+def _table(title: str, head: dict[str, str], rows: list[str]) -> str:
+    """A table with these columns (name -> width) and rows."""
+    cells = "".join(
+        f'<th scope="col" style="text-align:left;width:{width}">{name}</th>' for name, width in head.items()
+    )
     return (
         f'<div class="{MATH}" style="overflow-x:auto"><table class="claims-table"><caption style="text-align:left;'
         f'caption-side:top;font-weight:600">{html.escape(title)}</caption><thead><tr>{cells}</tr></thead>'

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
 from lib.ledger.cards import MATH, anchor, badge, text
-from lib.ledger.evidence import CORRECTED, NOT_REPRODUCED, OPEN, PARTLY, REFUTED, VERDICTS
-from lib.ledger.registry import Claim, Registry
+from lib.ledger.evidence import CORRECTED, HOLDS, NOT_REPRODUCED, OPEN, PARTLY, REFUTED, VERDICTS
+from lib.ledger.registry import SEVERITIES, Claim, Registry
 
 CHAPTER_PAGES = {
     "dbn": "1_dbn", "autorate": "2_autorate", "bngd": "3_bngd", "bsum": "4_bsum", "dsgd": "5_dsgd",
@@ -64,29 +66,33 @@ def scoreboard(table: pd.DataFrame, reference: pd.DataFrame, registry: Registry)
             f"<td>{text(claim.where)}<br><code>{name}</code><br><small>weight {claim.weight}</small></td>"
             f'<td style="text-align:left">{text(claim.statement)}{evidence}</td></tr>'
         )
+    head = "".join(
+        f'<th scope="col" style="width:{width}">{name}</th>'
+        for name, width in (("verdict", "9em"), ("claim", "11em"), ("statement and evidence", "auto"))
+    )
     return (
-        f'<div class="{MATH}" style="overflow-x:auto"><table class="filterable"><thead><tr><th scope="col">verdict</th>'
-        f'<th scope="col">claim</th><th scope="col">statement and evidence</th></tr></thead>'
+        f'<div class="{MATH}" style="overflow-x:auto"><table class="claims-table filterable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def errata(table: pd.DataFrame, registry: Registry, chapter: str) -> str:
-    """The errata of one paper that evidence bears out, worst first, then those that only reading can show.
+def errata(found: Iterable[dict[str, Any]], registry: Registry, chapter: str) -> str:
+    """The errata of one paper that the records ``found`` bear out, worst first, then those that only reading can show.
 
-    An erratum whose claim is open or undecided is not printed.
+    An erratum whose claim is open or undecided, or whose verdict depends on the seed, is not printed.
     """
-    severities = ("false", "missing hypothesis", "wrong constant", "typo")
-    verdicts = {row.claim: row for row in table.itertuples()}
+    records: dict[str, list[dict[str, Any]]] = {}
+    for record in found:
+        records.setdefault(record["claim"], []).append(record)
     proved, read = [], []
-    for claim in sorted(registry.of(chapter), key=lambda c: severities.index(c.erratum.severity) if c.erratum else 9):
-        row = verdicts.get(claim.id)
-        if claim.erratum is None or row is None:
+    for claim in sorted(registry.of(chapter), key=lambda c: SEVERITIES.index(c.erratum.severity) if c.erratum else -1):
+        verdicts = {record["verdict"] for record in records.get(claim.id, ())}
+        if claim.erratum is None or len(verdicts) != 1:
             continue
-        if row.verdict in (CORRECTED, REFUTED, NOT_REPRODUCED, PARTLY):
-            proved.append((claim, row))
-        elif row.verdict == "holds" and claim.erratum.severity == "typo":
-            read.append((claim, row))
+        if verdicts <= {CORRECTED, REFUTED, NOT_REPRODUCED, PARTLY}:
+            proved.append((claim, records[claim.id][0]))
+        elif verdicts == {HOLDS} and claim.erratum.severity == "typo":
+            read.append((claim, records[claim.id][0]))
     if not proved and not read:
         return "<p>No erratum yet: none of this paper's suspected slips has been checked by this build.</p>"
     return _errata_table("Shown by evidence", proved) + _errata_table("Shown by reading (the statement holds)", read)
@@ -96,18 +102,19 @@ def _errata_table(title: str, pairs: list) -> str:
     if not pairs:
         return ""
     rows = []
-    for claim, row in pairs:
+    for claim, record in pairs:
         erratum = claim.erratum
-        caveat = f"<br><i>{text(erratum.caveat)}</i>" if erratum.caveat else ""
+        failed = [text(check["text"]) for check in record["checks"] if not check["passed"]]
+        shown = f"<br><b>Fails as printed:</b> {'; '.join(failed)}" if failed else ""
+        caveat = f" <i>{text(erratum.caveat)}</i>" if erratum.caveat else ""
         rows.append(
-            f"<tr><td>{html.escape(erratum.severity)}</td><td>{link(claim, claim.where)}</td>"
-            f'<td style="text-align:left">{text(erratum.printed)}{caveat}</td>'
-            f'<td style="text-align:left">{text(erratum.corrected)}</td>'
-            f'<td style="text-align:left">{text(row.measured)} {html.escape(row.threshold)}</td></tr>'
+            f"<tr><td><b>{html.escape(erratum.severity)}</b><br>{link(claim, claim.where)}</td>"
+            f'<td style="text-align:left">{text(erratum.printed)}{caveat}<br><b>Instead:</b> {text(erratum.corrected)}'
+            f"{shown}</td></tr>"
         )
     return (
-        f'<div class="{MATH}" style="overflow-x:auto"><table><caption style="caption-side:top;text-align:left;'
-        f'font-weight:600">{title}</caption><thead><tr><th scope="col">kind</th><th scope="col">where</th>'
-        '<th scope="col">what is printed</th><th scope="col">what is right</th><th scope="col">the number that shows it'
-        f"</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="{MATH}" style="overflow-x:auto"><table class="claims-table"><caption style="caption-side:top;'
+        f'text-align:left;font-weight:600">{title}</caption><thead><tr><th scope="col" style="width:11em">kind and place'
+        f'</th><th scope="col">what is printed, what is right, and the number that shows it</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -27,7 +27,7 @@ KINDS = (
     "theorem",
 )
 CHAPTERS = ("dbn", "autorate", "bngd", "bsum", "dsgd")
-SEVERITIES = ("typo", "wrong constant", "missing hypothesis", "false")
+SEVERITIES = ("false", "missing hypothesis", "wrong constant", "typo")  # worst first
 
 SCHEMA: dict[str, Any] = {
     "type": "array",
