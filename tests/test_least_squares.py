@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from device import assert_stays_on_device
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -199,13 +200,22 @@ def test_single_precision_is_refused():
         ols.LeastSquares(torch.ones(2), torch.ones(2))
 
 
-def test_the_whole_computation_runs_on_the_meta_device():
+@pytest.mark.parametrize("chunked", [False, True])
+def test_every_trainer_keeps_to_its_device(chunked):
     """No host sync and no CPU operand: on ``meta`` every ``.item()`` and every Python branch on a tensor would raise."""
-    problem = ols.LeastSquares(
-        torch.empty(6, dtype=torch.float64, device="meta"), torch.empty(6, dtype=torch.float64, device="meta")
-    )
-    a = torch.empty(4, dtype=torch.float64, device="meta")
-    w = torch.empty(4, 6, dtype=torch.float64, device="meta")
-    state = ols.bngd(problem, a, w, a, a, 3)
-    assert state.w.device.type == "meta"
-    assert ols.observe(problem, state.a, state.w, a).loss.shape == (4,)
+
+    def empty(*shape):
+        return torch.empty(*shape, dtype=torch.float64, device="meta")
+
+    problem = ols.LeastSquares(empty(6), empty(4, 6))
+    a, w = empty(4), empty(4, 6)
+    memory = 2 * 6 * ols.CHUNK_BYTES_PER_VALUE if chunked else 2**30
+
+    def everything():
+        state = ols.bngd(problem, a, w, a, a, 3, max_memory=memory)
+        assert state.w.device.type == "meta"
+        assert ols.observe(problem, state.a, state.w, a).loss.shape == (4,)
+        assert ols.mbngd(problem, w, a, 3).w.shape == (4, 6)
+        ols.gradient_descent(problem, w, a, 3)
+
+    assert_stays_on_device(everything)
