@@ -129,6 +129,17 @@ def test_the_scoreboard_filters_and_links_to_the_evidence(site, browser, built):
     assert browser.execute_script("return document.getElementById(arguments[0]) !== null", anchor)
 
 
+@pytest.mark.parametrize("page", ["3_bngd", "7_scoreboard", "8_errata"])
+def test_no_table_is_wider_than_its_place(site, browser, page):
+    browser.get(f"{site}/{page}.html")
+    settle(browser)
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('table.claims-table')]"
+        ".filter(t => t.offsetWidth > t.parentElement.clientWidth + 1).map(t => t.innerText.slice(0, 60))"
+    )
+    assert not wide
+
+
 def test_a_phone_can_read_a_chapter_without_scrolling_sideways(site, browser):
     browser.set_window_size(400, 900)
     try:
