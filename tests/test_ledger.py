@@ -165,6 +165,24 @@ def test_a_decision_is_recorded_and_counted(book):
     assert book.counts() == {"holds": 1, "open": 2}
 
 
+def test_seconds_are_those_of_the_cells_since_the_last_decision(book, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("lib.ledger.notebook.time.perf_counter", lambda: now[0])
+
+    def cell(seconds, claim=None, idle=1000.0):
+        book.start_clock()
+        now[0] += seconds
+        record = book.decide(claim, printed=[PASS]) if claim else None
+        book.stop_clock()
+        now[0] += idle  # between cells nobody computes
+        return record
+
+    cell(0.5, "toy-wrong")
+    cell(3.0)
+    assert cell(2.0, "toy-statement")["seconds"] == 5.0
+    assert cell(1.0, "toy-wrong")["seconds"] == 1.0
+
+
 def test_evidence_must_fit_the_claim(book):
     with pytest.raises(ValueError, match="toy-figure is an experiment"):
         book.decide("toy-figure", printed=[PASS])

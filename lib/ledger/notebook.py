@@ -40,6 +40,7 @@ class Ledger:
     decided: dict[str, dict[str, Any]] = field(default_factory=dict)
     _family: list[str] | None = None
     _clock: float = field(default_factory=time.perf_counter)
+    _spent: float = 0.0
 
     def decide(
         self,
@@ -101,10 +102,10 @@ class Ledger:
             checks=[records.check_to_json(check, role) for role, checks in roles for check in checks],
             reported=claim.reported,
             seeds=seeds,
-            seconds=round(now - self._clock, 3),
+            seconds=round(self._spent + now - self._clock, 3),
             **self._facts(),
         )
-        self._clock = now
+        self._clock, self._spent = now, 0.0
         records.append(self.path, record)
         self.decided[claim_id] = record
         if self._family is None:
@@ -146,8 +147,13 @@ class Ledger:
             f'<div style="font-size:92%;opacity:.85">{facts}, {seconds:.0f} s so far</div>'
         )
 
-    def restart_clock(self, *_: Any) -> None:
-        """Start timing the evidence anew; runs by itself at the start of every notebook cell."""
+    def start_clock(self, *_: Any) -> None:
+        """A cell begins; called by the notebook. A record's seconds are those of the cells since the last decision."""
+        self._clock = time.perf_counter()
+
+    def stop_clock(self, *_: Any) -> None:
+        """A cell ends; called by the notebook. What it took beyond its last decision counts for the next one."""
+        self._spent += time.perf_counter() - self._clock
         self._clock = time.perf_counter()
 
     def _facts(self) -> dict[str, Any]:
@@ -180,7 +186,8 @@ def open_ledger(run: runtime.Run, registry: Registry | None = None) -> Ledger:
         return ledger
     shell = get_ipython()
     if shell is not None:
-        shell.events.register("pre_run_cell", ledger.restart_clock)
+        shell.events.register("pre_run_cell", ledger.start_clock)
+        shell.events.register("post_run_cell", ledger.stop_clock)
     return ledger
 
 
