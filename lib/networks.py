@@ -1,6 +1,7 @@
 """The papers' networks, as plain modules that start from an explicit generator.
 
-All of them end in logits (or, with one output, in a real number); a batch is the first axis of every input.
+A batch is the first axis of every input. All of them end in logits (or, with one output, in a real number), except
+``feedforward``, which ends in an activation.
 """
 
 from collections.abc import Sequence
@@ -27,12 +28,18 @@ class Linear(nn.Linear):
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.mm(self.weight, inputs.mT).mT
         return torch.addmm(self.bias[:, None], self.weight, inputs.mT).mT
 
 
-def _start_glorot(module: nn.Module, generator: torch.Generator) -> nn.Module:
+def _check_generator(generator: torch.Generator) -> None:
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got {generator.device}: a seed means the same on every device")
+
+
+def _start_glorot(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    _check_generator(generator)
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight, generator=generator)
@@ -74,6 +81,46 @@ def mlp(
             layers.append(BatchNorm(width_out, eps))
         layers.append(activation())
     return _start_glorot(nn.Sequential(*layers[:-1]), generator)
+
+
+def feedforward(
+    sizes: Sequence[int],
+    generator: torch.Generator,
+    *,
+    activation: type[nn.Module] = nn.Sigmoid,
+    start: str = "uniform",
+) -> nn.Sequential:
+    r"""A network without biases whose every layer, the last one too, ends in the activation.
+
+    :math:`y^k = \sigma(w_k y^{k-1})` with :math:`y^0 = x`: equation (21) of Flynn, and equation (1) of Ghauch et al.
+
+    Args:
+        sizes: widths :math:`n_0, \dots, n_K` from input to output, at least two.
+        generator: CPU generator of the weights.
+        activation: class of the nonlinearity; ``nn.Identity`` gives a deep linear network.
+        start: "uniform" draws every weight from [-1, 1] (Flynn), "glorot" from a normal distribution of variance
+            :math:`2 / (n_{k-1} + n_k)`.
+
+    Returns:
+        A module from ``(N, sizes[0])`` to ``(N, sizes[-1])``; its parameters are the K weight matrices in order.
+
+    Raises:
+        ValueError: for fewer than two sizes, a size below 1, an unknown ``start``, or a generator that is not on the CPU.
+    """
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"sizes must be at least two positive widths, got {tuple(sizes)}")
+    if start not in ("uniform", "glorot"):
+        raise ValueError(f"start must be 'uniform' or 'glorot', got {start!r}")
+    _check_generator(generator)
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(sizes):
+        layer = Linear(width_in, width_out, bias=False)
+        if start == "uniform":
+            nn.init.uniform_(layer.weight, -1.0, 1.0, generator=generator)
+        else:
+            nn.init.xavier_normal_(layer.weight, generator=generator)
+        layers += [layer, activation()]
+    return nn.Sequential(*layers)
 
 
 def conv_net(

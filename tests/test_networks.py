@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lib.ensemble import Ensemble
-from lib.networks import Linear, conv_net, mlp, softmax_mean_square, split_parameters
+from lib.networks import Linear, conv_net, feedforward, mlp, softmax_mean_square, split_parameters
 from lib.normalization import BatchNorm
 
 
@@ -30,6 +30,32 @@ def test_linear_is_the_fully_connected_layer_of_torch():
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_linear_without_bias_is_the_matrix_product():
+    mine = Linear(5, 3, bias=False).double()
+    x = torch.randn(7, 5, dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(mine(x), x @ mine.weight.T, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("start", ["uniform", "glorot"])
+def test_feedforward_is_a_chain_of_activated_products(start):
+    net = feedforward((4, 6, 3), seeded(), activation=nn.Tanh, start=start).double()
+    first, second = net.parameters()
+    x = torch.randn(5, 4, dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(net(x), torch.tanh(torch.tanh(x @ first.T) @ second.T), rtol=1e-13, atol=1e-13)
+
+
+def test_starts_of_feedforward():
+    uniform, glorot = (
+        next(feedforward((300, 100), seeded(), start=start).parameters()) for start in ("uniform", "glorot")
+    )
+    assert 0.99 < uniform.abs().max() <= 1
+    assert glorot.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.02)
+    with pytest.raises(ValueError, match="start must be 'uniform' or 'glorot', got 'zeros'"):
+        feedforward((3, 2), seeded(), start="zeros")
+    with pytest.raises(ValueError, match="at least two positive widths"):
+        feedforward((3,), seeded())
 
 
 def test_layers_of_the_paper():

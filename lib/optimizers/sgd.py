@@ -1,8 +1,4 @@
-"""The papers' update rules as ordinary optimizers.
-
-Each rule acts on the trailing dimensions of a parameter and treats leading ones as a batch, so that one optimizer
-serves a single network and an ``Ensemble``; a setting that differs between the S runs is a tensor of shape ``(S,)``.
-"""
+"""Gradient descent with a step size for each run."""
 
 from collections.abc import Iterable
 
@@ -10,17 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-
-def _check_rate(name: str, rate: Tensor | float) -> None:
-    if isinstance(rate, Tensor):
-        if rate.ndim != 1:
-            raise ValueError(f"{name} must be a number or a tensor of shape (S,), got shape {tuple(rate.shape)}")
-        # A meta tensor has no values to look at.
-        bad = rate[:0] if rate.is_meta else rate[~((rate > 0) & rate.isfinite())]
-        if len(bad):
-            raise ValueError(f"{name} must be positive and finite in every run, got {bad.tolist()}")
-    elif not 0 < rate < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {rate}")
+from lib.optimizers.rates import check_rate
 
 
 class SGD(Optimizer):
@@ -40,7 +26,7 @@ class SGD(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_rate("lr", group["lr"])
+        check_rate("lr", group["lr"])
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].to(group["params"][0])
         for parameter in group["params"]:

@@ -1,0 +1,9 @@
+"""The papers' update rules as ordinary optimizers.
+
+Each rule acts on the trailing dimensions of a parameter and treats leading ones as a batch, so that one optimizer
+serves a single network and an ``Ensemble``; a setting that differs between the S runs is a tensor of shape ``(S,)``.
+"""
+
+from lib.optimizers.sgd import SGD
+
+__all__ = ["SGD"]
