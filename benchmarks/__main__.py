@@ -11,20 +11,20 @@ import time
 import numpy
 import torch
 
-from benchmarks import ensemble, least_squares
+from benchmarks import bsum, ensemble, least_squares
 from lib import runtime
 
 
 def main() -> int:
     rows = []
-    for module in (least_squares, ensemble):
+    for module in (least_squares, ensemble, bsum):
         print(f"measuring {module.__name__} ...", file=sys.stderr, flush=True)
         for row in module.measure():
             rows.append(row)
             ratio, need = row["ratio"], row["at_least"]
             mark = "ok" if ratio["median"] >= need else "FALLS SHORT"
             print(
-                f"{row['name']}: {ratio['median']:.1f}x [{ratio['min']:.1f}, {ratio['max']:.1f}], at least {need}x: {mark}"
+                f"{row['name']}: {ratio['median']:.3g}x [{ratio['min']:.3g}, {ratio['max']:.3g}], at least {need:.3g}x: {mark}"
             )
     environment = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

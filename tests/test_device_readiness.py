@@ -1,13 +1,22 @@
 """One step of every trainer on the meta device, and the helper itself on steps that cheat."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from device import LeftTheDevice, assert_stays_on_device
 
+from lib.backpropagation import LOGISTIC
+from lib.block_records import Recorder
+from lib.block_runs import BlockRuns
+from lib.block_training import block_step
 from lib.ensemble import Ensemble
-from lib.networks import conv_net, mlp, softmax_mean_square, split_parameters
-from lib.optimizers import SGD
+from lib.factors import Factors
+from lib.losses import Squared
+from lib.networks import conv_net, feedforward, mlp, softmax_mean_square, split_parameters
+from lib.optimizers import BSUM, DSGD, SGD, NormSGD
+from lib.surrogates import FirstOrder, SecondOrder, SparseFirstOrder, project_toeplitz
 from lib.training import Batches, train_step
 
 RUNS = 3
@@ -45,6 +54,65 @@ def test_a_training_step_stays_on_its_device(name, batch_norm, seed, loss):
         return train_step(ensemble, optimizer, loss, inputs, targets, alive, per_run=batches.per_run)
 
     assert_stays_on_device(step)
+
+
+@pytest.mark.parametrize("rule", ["cyclic", "greedy"])
+@pytest.mark.parametrize("kind", ["first order", "second order", "L1"])
+def test_a_block_step_stays_on_its_device(kind, rule):
+    gamma = torch.ones(RUNS)
+    surrogate = {
+        "first order": FirstOrder(gamma, project_toeplitz),
+        "second order": SecondOrder(gamma),
+        "L1": SparseFirstOrder(gamma, 0.1),
+    }[kind]
+    generator = torch.Generator().manual_seed(0)
+    ensemble = Ensemble([feedforward((4, 5, 3, 1), generator) for _ in range(RUNS)]).to("meta")
+    x, y = torch.empty(10, 4, device="meta"), torch.empty(10, 1, device="meta")
+    alpha = torch.ones(RUNS, device="meta")
+    settings = {"schedule": lambda k: alpha, "rule": rule, "backtracking": True, "trials": 2}
+    optimizer = BSUM(ensemble.parameters(), surrogate, **settings)
+    assert_stays_on_device(lambda: optimizer.step(lambda: ensemble.losses(F.mse_loss, x, y)))
+
+    runs = BlockRuns(list(ensemble.parameters()), x.mT, y.mT, Squared(), LOGISTIC, 1e-4)
+    models = [surrogate.to(alpha)] * 3
+    recorder = Recorder(runs, models, 3, [0, 1, 2], full_batch=True)
+
+    def fast_step():
+        for j in (1, 2, 3):
+            recorder.before(j - 1)
+            block_step(runs, j, models[j - 1], alpha)
+
+    assert_stays_on_device(fast_step)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["gradients", "factors"])
+@pytest.mark.parametrize("runs", [1, RUNS])
+@pytest.mark.parametrize(("q", "method"), [(1, None), (math.inf, None), (2, "polynomial"), (2, "gram"), (2, "svd")])
+@pytest.mark.parametrize("layers", ["greedy", "all", "sequential", "random"])
+def test_a_step_along_duality_maps_stays_on_its_device(layers, q, method, runs, captured):
+    """Nothing is read or moved. On a GPU these may still wait for the device, which meta cannot show: ``svd`` (method
+    "svd"), ``eigh`` (method "gram") and, in DSGD with q = 2, ``eigvalsh`` (the spectral norms in the layer polynomials).
+    """
+    if captured and method == "svd":
+        pytest.skip("a singular value decomposition needs the gradient itself")
+    single = [feedforward((70, 65, 10), torch.Generator()) for _ in range(runs)]
+    network = (Ensemble(single) if runs > 1 else single[0]).to("meta")
+    x, y = torch.empty(8, 70, device="meta"), torch.empty(8, 10, device="meta")
+    factors = Factors(network) if captured else None
+    rate = torch.ones(runs, device="meta") if runs > 1 else 1.0
+    makers = [lambda: DSGD(network.parameters(), rate, q=q, layers=layers, method=method, factors=factors)]
+    if layers != "greedy":
+        makers.append(lambda: NormSGD(network.parameters(), rate, q=q, layers=layers, method=method, factors=factors))
+    for make in makers:
+        optimizer = make()
+
+        def step(optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = network.losses(F.mse_loss, x, y).sum() if runs > 1 else F.mse_loss(network(x), y)
+            loss.backward()
+            optimizer.step()
+
+        assert_stays_on_device(step)
 
 
 def test_the_check_catches_a_value_that_is_read():

@@ -4,6 +4,8 @@ Each rule acts on the trailing dimensions of a parameter and treats leading ones
 serves a single network and an ``Ensemble``; a setting that differs between the S runs is a tensor of shape ``(S,)``.
 """
 
+from lib.optimizers.bsum import BSUM
+from lib.optimizers.dsgd import DSGD, NormSGD
 from lib.optimizers.sgd import SGD
 
-__all__ = ["SGD"]
+__all__ = ["BSUM", "DSGD", "NormSGD", "SGD"]

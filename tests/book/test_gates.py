@@ -63,10 +63,10 @@ def test_a_touched_file_with_the_same_content_executes_nothing(built):
 
 
 def test_changed_data_executes_the_chapter_that_lists_it(built, change, tmp_path):
-    change("workflow/chapters.yml", lambda text: text.replace("4_bsum, data: []", "4_bsum, data: [toy]"))
+    change("workflow/chapters.yml", lambda text: text.replace("1_dbn, data: []", "1_dbn, data: [toy]"))
     without = built.planned(data_dir=tmp_path) & CHAPTERS
     (tmp_path / "toy.csv").write_text("1\n")
-    assert built.planned(data_dir=tmp_path) & CHAPTERS - without == {"bsum"}
+    assert built.planned(data_dir=tmp_path) & CHAPTERS - without == {"dbn"}
 
 
 def test_a_failing_cell_fails_the_build_and_is_named(built, change):
