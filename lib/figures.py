@@ -1,7 +1,7 @@
-"""One look for every figure of the book: drawn once for the light and once for the dark page, with alt text.
+"""One look for every figure of the book: a picture for the light and one for the dark page, with alt text.
 
-A chapter passes a function that draws on the axes it is given; :func:`show` calls it under both styles and puts both
-pictures on the page, of which the theme shows one. A figure without alt text is an error.
+A chapter passes a function that draws on the axes it is given; :func:`show` puts both pictures on the page, of which the
+theme shows one. A figure without alt text is an error.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def ink() -> str:
 
 
 def class_colours() -> ListedColormap:
-    """The four classes of the phase diagram (``CLASSES``) as a colour map in the theme being drawn."""
+    """The four classes of the phase diagram (``CLASSES``) as a colour map in the theme being drawn, for a rasterized mesh."""
     theme = "dark" if ink() == _INKS["dark"] else "light"
     return ListedColormap(CLASS_COLOURS[theme], name="phase classes")
 
@@ -144,8 +144,8 @@ def show(
 ) -> Figure:
     """Draw a figure for both themes. Returns it; as the last expression of a cell it is shown.
 
-    ``draw`` gets the axes (one, or an array of ``rows`` x ``columns``) and draws on them; it runs once a theme, so it
-    must only draw. ``name`` becomes the anchor ``fig-<name>``. ``size`` is in inches. Raises ``ValueError`` if the alt
+    ``draw`` gets the axes (one, or an array of ``rows`` x ``columns``) and draws on them; it may run twice, so it must
+    only draw. ``name`` becomes the anchor ``fig-<name>``. ``size`` is in inches. Raises ``ValueError`` if the alt
     text or the caption is missing or the name is not made of lower-case letters, digits and hyphens.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
@@ -154,8 +154,8 @@ def show(
         raise ValueError(f"alt must describe the figure in words to a reader who cannot see it, got {alt!r}")
     if not caption.strip():
         raise ValueError("caption must say what the figure shows, got an empty one")
-    pictures = {}
-    for theme in _INKS:
+
+    def draw_in(theme: str) -> bytes:
         with plt.rc_context(style(theme)):
             figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **subplots)
             try:
@@ -164,5 +164,10 @@ def show(
                 figure.savefig(stream, format="svg", metadata={"Date": None})
             finally:
                 plt.close(figure)
-            pictures[theme] = stream.getvalue()
+            return stream.getvalue()
+
+    light = draw_in("light")
+    # The themes differ in the colour of the ink alone, and in pixels, where a mesh is rasterized.
+    dark = draw_in("dark") if b"<image" in light else light.replace(_INKS["light"].encode(), _INKS["dark"].encode())
+    pictures = {"light": light, "dark": dark}
     return Figure(name, alt, caption, pictures)

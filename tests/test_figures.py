@@ -1,6 +1,10 @@
-"""Figures: alt text is not optional, both themes are drawn, the method keeps its colour."""
+"""Figures: alt text is not optional, both themes are there, the method keeps its colour."""
+
+import io
+import re
 
 import matplotlib.colors
+import matplotlib.pyplot as plt
 import pytest
 
 from lib import figures
@@ -39,6 +43,34 @@ def test_the_two_pictures_differ_and_a_repeated_drawing_is_the_same():
     assert one.pictures == two.pictures
 
 
+def test_the_dark_picture_is_what_drawing_in_the_dark_style_gives():
+    def annotated(axes):
+        line(axes)
+        axes.axhline(0.5, color=figures.ink(), ls=":")
+        axes.legend()
+
+    with plt.rc_context(figures.style("dark")):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+        annotated(axes)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    shown = figures.show(annotated, name="a-line", alt="a straight line that rises", caption="A line.")
+    names = rb"\bm[0-9a-f]{10}\b"  # of markers, hashed from their style
+    assert re.sub(names, b"", shown.pictures["dark"]) == re.sub(names, b"", stream.getvalue())
+
+
+def test_a_mesh_in_pixels_is_drawn_in_both_themes():
+    themes = []
+
+    def mesh(axes):
+        themes.append(figures.ink())
+        axes.pcolormesh([[0, 1], [2, 3]], cmap=figures.class_colours(), rasterized=True)
+
+    figures.show(mesh, name="a-mesh", alt="four cells in four colours", caption="A mesh.")
+    assert len(set(themes)) == len(themes) == 2
+
+
 def test_a_method_without_a_colour_is_refused():
     with pytest.raises(ValueError, match="method must be one of GD, BNGD"):
         figures.colour("Adam")
@@ -53,8 +85,6 @@ def test_the_methods_shown_together_in_chapter_3_are_told_apart_in_grey():
 
 
 def test_an_error_while_drawing_leaves_no_open_figure():
-    import matplotlib.pyplot as plt
-
     def broken(axes):
         raise RuntimeError("drawing failed")
 
