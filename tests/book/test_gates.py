@@ -151,6 +151,23 @@ def test_a_verdict_that_differs_from_the_published_one_fails(built, tmp_path):
     assert "published as 'refuted'" in done.stdout
 
 
+def test_publishing_one_chapter_keeps_the_published_rows_of_the_others(built, tmp_path):
+    published, fresh = tmp_path / "published.csv", tmp_path / "fresh.csv"
+    table = ledger.read_table(built.folder / "_build/ledger/smoke/ledger.csv")
+    ledger.write_table(table, published)
+    one = table.copy()
+    elsewhere = ~one["claim"].str.startswith("dsgd-")
+    one.loc[elsewhere, "verdict"] = "open"
+    one.loc[~elsewhere & (one["verdict"] == "holds"), "verdict"] = "refuted"
+    ledger.write_table(one, fresh)
+    done = built.command(sys.executable, "-m", "workflow.scripts.ledger", "publish", fresh, "--published", published)
+    assert done.returncode == 0, done.stdout
+    result = ledger.read_table(published)
+    assert result["claim"].tolist() == table["claim"].tolist()
+    assert result["verdict"].where(elsewhere).equals(table["verdict"].where(elsewhere))
+    assert result["verdict"].where(~elsewhere).equals(one["verdict"].where(~elsewhere))
+
+
 def test_a_killed_run_loses_no_record_and_the_next_one_finishes(built, change):
     """SIGKILL to the whole process group while chapter 3 decides claims."""
     change("book/3_bngd.ipynb", lambda text: with_cell(text, "run"))

@@ -30,13 +30,18 @@ def compare(fresh: Path, published: Path) -> int:
 
 
 def publish(fresh: Path, published: Path) -> None:
-    """Put the rows of a fresh ledger into the published one, in place of its rows of the same profile."""
+    """Put the rows of a fresh ledger into the published one, in place of its rows of the same profile.
+
+    Where the fresh row is open, its chapter was not run, and the published row stays.
+    """
     new = ledger.read_table(fresh)
     old = ledger.read_table(published) if published.is_file() else new.iloc[:0]
-    kept = old[~old["profile"].isin(new["profile"])]
-    table = pd.concat([kept, new])
-    order = {profile: number for number, profile in enumerate(runtime.PROFILES)}
-    ledger.write_table(table.sort_values("profile", key=lambda p: p.map(order), kind="stable"), published)
+    is_open = new["verdict"] == ledger.evidence.OPEN
+    same_profile = old["profile"].isin(new["profile"])
+    kept = old[~same_profile | old["claim"].isin(new.loc[is_open, "claim"])]
+    table = pd.concat([kept, new[~(is_open & new["claim"].isin(old.loc[same_profile, "claim"]))]])
+    places = {name: number for number, name in enumerate((*runtime.PROFILES, *ledger.load_registry()))}
+    ledger.write_table(table.sort_values(["profile", "claim"], key=lambda names: names.map(places)), published)
 
 
 def main() -> None:
