@@ -13,7 +13,8 @@ from lib import ledger
 
 pytestmark = [pytest.mark.gate, pytest.mark.browser]
 
-PAGES = ["index", "1_dbn", "3_bngd", "7_scoreboard", "8_errata", "library", "notation", "reproduce"]
+CHAPTERS = ["3_bngd", "4_bsum", "5_dsgd"]
+PAGES = ["index", "1_dbn", *CHAPTERS, "7_scoreboard", "8_errata", "library", "notation", "reproduce"]
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 
 
@@ -78,11 +79,12 @@ def test_a_page_has_no_error_and_asks_nobody_else(site, browser, page):
     assert browser.execute_script("return document.querySelectorAll('mjx-merror').length") == 0
 
 
-def test_the_chapter_is_typeset_with_figures_and_verdicts(site, browser, built):
-    browser.get(f"{site}/3_bngd.html")
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_a_chapter_is_typeset_with_figures_and_verdicts(site, browser, built, page):
+    browser.get(f"{site}/{page}.html")
     settle(browser)
     count = functools.partial(browser.execute_script, "return document.querySelectorAll(arguments[0]).length")
-    records = ledger.read(built.folder / "_build/ledger/smoke/seed-0/bngd.jsonl")
+    records = ledger.read(built.folder / f"_build/ledger/smoke/seed-0/{page.split('_')[1]}.jsonl")
     assert count("mjx-container") > 100
     assert count("figure img.only-light") == count("figure img.only-dark") >= 5
     for record in records:
@@ -95,8 +97,17 @@ def test_the_chapter_is_typeset_with_figures_and_verdicts(site, browser, built):
     assert not without
     hidden = "return [...document.querySelectorAll('figure > figcaption')].filter(c => !c.offsetHeight).length"
     assert browser.execute_script(hidden) == 0, "a caption is not shown"
-    text = browser.execute_script("return document.querySelector('.verdict-card').innerText")
-    assert "$" not in text, "mathematics in a card is not typeset"
+    stray = browser.execute_script(
+        "return [...document.querySelectorAll('article p, article li, article td, article figcaption, .verdict-card *')]"
+        ".filter(e => [...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.data.includes('$')))"
+        ".map(e => [...e.innerText].slice(0, 80).join(''))"
+    )
+    assert not stray, "mathematics that is not typeset"
+    tables = browser.execute_script(
+        "return [...document.querySelectorAll('article p')].map(p => p.innerText.split('\\n')[0])"
+        ".filter(line => line.startsWith('|') && line.endsWith('|')).length"
+    )
+    assert tables == 0, "a table that is not rendered"
 
 
 def test_the_theme_shows_one_picture_of_each_figure(site, browser):
@@ -129,7 +140,7 @@ def test_the_scoreboard_filters_and_links_to_the_evidence(site, browser, built):
     assert browser.execute_script("return document.getElementById(arguments[0]) !== null", anchor)
 
 
-@pytest.mark.parametrize("page", ["3_bngd", "7_scoreboard", "8_errata"])
+@pytest.mark.parametrize("page", [*CHAPTERS, "7_scoreboard", "8_errata"])
 def test_no_table_is_wider_than_its_place(site, browser, page):
     browser.get(f"{site}/{page}.html")
     settle(browser)
@@ -140,10 +151,11 @@ def test_no_table_is_wider_than_its_place(site, browser, page):
     assert not wide
 
 
-def test_a_phone_can_read_a_chapter_without_scrolling_sideways(site, browser):
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_a_phone_can_read_a_chapter_without_scrolling_sideways(site, browser, page):
     browser.set_window_size(400, 900)
     try:
-        browser.get(f"{site}/3_bngd.html")
+        browser.get(f"{site}/{page}.html")
         settle(browser)
         assert browser.execute_script("window.scrollTo(200, 0); return window.scrollX") == 0
         wide = browser.execute_script(
