@@ -3,7 +3,7 @@
 # Linux the CPU build's version carries a local suffix that no index serves under that name, so it is cut off.
 set -euo pipefail
 torch="torch==2.13.0"
-old="soupsieve<3.0.2" # later releases do not install on Python 3.11.0 to 3.11.4, which Debian 12 has
+old="soupsieve<3" # 3.0 breaks the theme, later releases do not install on Python 3.11.0 to 3.11.4, which Debian 12 has
 room=$(mktemp -d)
 trap 'rm -rf "$room"' EXIT
 "${PYTHON:-python3}" -m venv "$room/venv"
