@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import mpmath
@@ -343,6 +344,16 @@ def test_an_experiment_with_another_verdict_on_the_same_data_disagrees(tmp_path,
     problems, compared = ledger.compare(tables[1], tables[0], registry)
     assert compared == 1
     assert "published as 'reproduced' at smoke, now 'not reproduced'" in problems[0]
+
+
+def test_a_timing_is_not_compared_with_that_of_another_machine(tmp_path, registry):
+    registry = ledger.registry.Registry([replace(registry[name], timing=name == "toy-figure") for name in registry])
+    tables = []
+    for name, check in (("a", PASS), ("b", FAIL)):
+        book = ledger.open_ledger(runtime.start("toy", profile="smoke", ledger_dir=tmp_path / name), registry)
+        book.decide("toy-figure", findings=[check])
+        tables.append(table_of(book, registry))
+    assert ledger.compare(tables[1], tables[0], registry) == ([], 0)
 
 
 def test_the_errata_page_prints_only_what_the_records_bear_out(book, registry):

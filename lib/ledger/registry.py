@@ -43,6 +43,7 @@ SCHEMA: dict[str, Any] = {
             "check": {"type": "string", "minLength": 1},
             "weight": {"type": "integer", "minimum": 1, "maximum": 5},
             "experiment": {"type": "boolean"},
+            "timing": {"type": "boolean"},
             "reported": {"type": "string"},
             "settings": {"type": ["string", "object"]},
             "cost": {"type": "string"},
@@ -74,7 +75,10 @@ class Erratum:
 
 @dataclass(frozen=True)
 class Claim:
-    """One entry of the registry. An ``experiment`` is judged by its findings, a statement by its checks."""
+    """One entry of the registry. An ``experiment`` is judged by its findings, a statement by its checks.
+
+    The verdict of a ``timing`` experiment may differ between machines: it is not compared with the published one.
+    """
 
     id: str
     chapter: str
@@ -84,6 +88,7 @@ class Claim:
     check: str
     weight: int
     experiment: bool = False
+    timing: bool = False
     reported: str = ""
     settings: Any = None
     cost: str = ""
