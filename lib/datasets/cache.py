@@ -14,9 +14,9 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from . import formats
-from .fetch import set_aside
-from .formats import Arrays, CorruptData
+from lib.datasets import connections, formats
+from lib.datasets.fetch import set_aside
+from lib.datasets.formats import Arrays, CorruptData
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ def read(path: Path, spec: dict) -> Arrays:
     will do. Raises `FileNotFoundError`, `OSError`, `CorruptData`.
     """
     data = path.read_bytes()  # once: what is checked is what is parsed
-    if path.suffix == ".mat":
+    if "format" in spec:
         formats.check_digest(data, spec["sha256"], path.name)
-        images, labels = formats.parse_digits_mat(data)
-        return {f"x_{spec['split']}": images, f"y_{spec['split']}": labels}
+        return parse(data, spec)
     published = len(data) == spec["bytes"]
     if published:
         formats.check_digest(data, spec["sha256"], path.name)
@@ -100,6 +99,12 @@ def read(path: Path, spec: dict) -> Arrays:
     if copy != path:
         store(copy, arrays)
     return arrays
+
+
+def parse(data: bytes, part: dict) -> Arrays:
+    """Arrays of the published file `data` that holds one `split` of a data set in a `format` of its own."""
+    inputs, labels = {"matlab": formats.parse_digits_mat, "connections": connections.parse}[part["format"]](data)
+    return {f"x_{part['split']}": inputs, f"y_{part['split']}": labels}
 
 
 def keep(folder: Path, spec: dict, arrays: Arrays, work: Path) -> None:

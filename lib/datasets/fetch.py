@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .formats import CorruptData, check_digest
+from lib.datasets.formats import CorruptData, check_digest
 
 CONNECT_TIMEOUT = 8.0  # seconds without a byte before a server counts as unreachable
 COMMAND_TIMEOUT = 1800.0  # seconds a package manager may take

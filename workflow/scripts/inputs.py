@@ -67,7 +67,7 @@ def data_files(names: list[str], data_dir: str) -> list[str]:
     folder = os.environ.get("BOOK_DATA") if data_dir == "auto" else data_dir
     if not folder:
         return []
-    return sorted(str(path) for name in names for path in Path(folder).glob(f"{name}.*"))
+    return sorted(str(path) for name in names for path in Path(folder).glob(f"{name}[._]*"))
 
 
 def _imports(source: str) -> set[str]:
