@@ -11,13 +11,13 @@ import time
 import numpy
 import torch
 
-from benchmarks import bsum, dsgd, ensemble, least_squares
+from benchmarks import bsum, dsgd, ensemble, least_squares, normalization
 from lib import runtime
 
 
 def main() -> int:
     rows = []
-    for module in (least_squares, ensemble, bsum, dsgd):
+    for module in (least_squares, ensemble, bsum, dsgd, normalization):
         print(f"measuring {module.__name__} ...", file=sys.stderr, flush=True)
         for row in module.measure():
             rows.append(row)
