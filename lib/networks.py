@@ -4,13 +4,13 @@ A batch is the first axis of every input. All of them end in logits (or, with on
 ``feedforward``, which ends in an activation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from lib.normalization import BatchNorm
+from lib.normalization import BatchNorm, DiminishingBatchNorm
 
 
 class Linear(nn.Linear):
@@ -43,7 +43,8 @@ def _start_glorot(module: nn.Module, generator: torch.Generator) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return module
 
 
@@ -54,6 +55,8 @@ def mlp(
     activation: type[nn.Module] = nn.ReLU,
     batch_norm: bool = False,
     eps: float = 1e-3,
+    bias: bool = True,
+    normalization: Callable[[int], nn.Module] | None = None,
 ) -> nn.Sequential:
     """A fully connected network, batch norm on every layer (the last one included) or on none.
 
@@ -65,6 +68,9 @@ def mlp(
         activation: class of the nonlinearity between layers.
         batch_norm: whether each layer is followed by a ``BatchNorm``.
         eps: its regularizer.
+        bias: whether layers have biases. In front of a ``BatchNorm`` they have no effect, and the theory has none.
+        normalization: from a width to a module that follows the activation of each hidden layer, as in equation (4) of
+            Ma and Klabjan: ``lambda width: DiminishingBatchNorm(width, alpha)``.
 
     Returns:
         A module from ``(N, sizes[0])`` to ``(N, sizes[-1])``.
@@ -75,12 +81,15 @@ def mlp(
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must be at least two positive widths, got {tuple(sizes)}")
     layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(sizes):
-        layers.append(Linear(width_in, width_out))
+    for number, (width_in, width_out) in enumerate(pairwise(sizes), start=2):
+        layers.append(Linear(width_in, width_out, bias=bias))
         if batch_norm:
             layers.append(BatchNorm(width_out, eps))
-        layers.append(activation())
-    return _start_glorot(nn.Sequential(*layers[:-1]), generator)
+        if number < len(sizes):
+            layers.append(activation())
+            if normalization is not None:
+                layers.append(normalization(width_out))
+    return _start_glorot(nn.Sequential(*layers), generator)
 
 
 def feedforward(
@@ -132,6 +141,8 @@ def conv_net(
     classes: int = 10,
     batch_norm: bool = False,
     eps: float = 1e-3,
+    bias: bool = True,
+    normalization: Callable[[int], nn.Module] | None = None,
 ) -> nn.Sequential:
     """Conv-MaxPool-Conv-MaxPool, then fully connected layers, all with ReLU between.
 
@@ -146,6 +157,8 @@ def conv_net(
         classes: number of outputs.
         batch_norm: whether every layer, the last one included, is followed by a ``BatchNorm``.
         eps: its regularizer.
+        bias: whether layers have biases, as in ``mlp``.
+        normalization: from a width to a module that follows the activation of each layer but the last, as in ``mlp``.
 
     Returns:
         A module from ``(N, *image_shape)`` to ``(N, classes)``.
@@ -158,13 +171,87 @@ def conv_net(
         raise ValueError(f"image_shape must be at least 4 pixels high and wide, got {tuple(image_shape)}")
     layers: list[nn.Module] = []
     for count_in, count_out in pairwise((colors, *channels)):
-        layers.append(nn.Conv2d(count_in, count_out, kernel_size=3, padding=1))
+        layers.append(nn.Conv2d(count_in, count_out, kernel_size=3, padding=1, bias=bias))
         if batch_norm:
             layers.append(BatchNorm(count_out, eps))
-        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        layers.append(nn.ReLU())
+        if normalization is not None:
+            layers.append(normalization(count_out))
+        layers.append(nn.MaxPool2d(2))
     flat = channels[-1] * (height // 4) * (width // 4)
-    head = mlp((flat, *hidden_sizes, classes), generator, batch_norm=batch_norm, eps=eps)
+    sizes = (flat, *hidden_sizes, classes)
+    head = mlp(sizes, generator, batch_norm=batch_norm, eps=eps, bias=bias, normalization=normalization)
     return _start_glorot(nn.Sequential(*layers, nn.Flatten(), *head), generator)
+
+
+def vgg(
+    image_shape: tuple[int, int, int],
+    generator: torch.Generator,
+    *,
+    width: int = 64,
+    depth: Sequence[int] = (2, 3, 3, 3, 3),
+    fc: int = 512,
+    classes: int = 10,
+    batch_norm: bool = True,
+    eps: float = 0.0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """The VGG network of Arora, Li and Lyu: stages of convolutions, a pool after each, and two fully connected layers.
+
+    Convolutions are 3 x 3, padded to keep the image size, and 64, 128, 256, 512, 512 wide by stages; pools are 2 x 2.
+    Each layer is followed by batch norm and the activation; the last, which makes the logits, by batch norm alone:
+    with the ReLU that the paper's text puts there too, logits could not be negative. Layers in front of a batch norm
+    have no bias, so that every parameter but the last scales and shifts is in a scale-invariant block (``eps = 0``,
+    ReLU).
+
+    Args:
+        image_shape: channels, height and width of an image, such as ``(3, 32, 32)``.
+        generator: CPU generator of the Glorot (uniform) weights.
+        width: channels of the first stage; it doubles from stage to stage, up to eight times.
+        depth: number of convolutions in each stage.
+        fc: width of the fully connected layer before the last.
+        classes: number of outputs.
+        batch_norm: whether there are batch norms; without them the layers have biases, which start at zero.
+        eps: their regularizer.
+        activation: class of the nonlinearity.
+
+    Returns:
+        A module from ``(N, *image_shape)`` to ``(N, classes)``.
+
+    Raises:
+        ValueError: for an image with fewer pixels than the pools divide it by, a width, depth or number below 1, or a
+            generator that is not on the CPU.
+
+    Source: Arora, Li and Lyu, Appendix D.
+    """
+    colors, height, breadth = image_shape
+    stages = len(depth)
+    if stages < 1 or min(depth) < 1:
+        raise ValueError(f"depth must be at least one positive number of convolutions, got {tuple(depth)}")
+    for name, value in (("width", width), ("fc", fc), ("classes", classes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if min(height, breadth) < 2**stages:
+        raise ValueError(
+            f"image_shape must be at least {2**stages} pixels high and wide, for {stages} pools, "
+            f"got {tuple(image_shape)}"
+        )
+
+    def finish(layer: nn.Module, features: int) -> list[nn.Module]:
+        return [layer, BatchNorm(features, eps), activation()] if batch_norm else [layer, activation()]
+
+    layers: list[nn.Module] = []
+    channels = colors
+    for stage, count in enumerate(depth):
+        features = width * min(2**stage, 8)
+        for _ in range(count):
+            layers += finish(nn.Conv2d(channels, features, kernel_size=3, padding=1, bias=not batch_norm), features)
+            channels = features
+        layers.append(nn.MaxPool2d(2))
+    flat = channels * (height // 2**stages) * (breadth // 2**stages)
+    layers += [nn.Flatten(), *finish(Linear(flat, fc, bias=not batch_norm), fc)]
+    layers += finish(Linear(fc, classes, bias=not batch_norm), classes)[:-1]
+    return _start_glorot(nn.Sequential(*layers), generator)
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -181,7 +268,7 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     normalization = [
         parameter
         for layer in module.modules()
-        if isinstance(layer, (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d))
+        if isinstance(layer, (BatchNorm, DiminishingBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d))
         for parameter in layer.parameters()
     ]
     scales_and_shifts = {id(parameter) for parameter in normalization}

@@ -49,7 +49,7 @@ def batch_norm(inputs: Tensor, weight: Tensor, bias: Tensor, eps: Tensor | float
 def invariant_batch_norm(
     inputs: Tensor, layer_weight: Tensor, weight: Tensor, bias: Tensor, eps: Tensor | float
 ) -> Tensor:
-    r"""Batch norm whose regularizer grows with the layer in front, so that the scale of that layer still does not matter.
+    r"""Batch norm whose regularizer grows with the layer in front, so that the layer's scale still does not matter.
 
     For feature k, the output of row or filter :math:`w_k` of the layer,
 
@@ -76,7 +76,8 @@ def invariant_batch_norm(
     """
     if inputs.ndim in (2, 4) and layer_weight.shape[0] != inputs.shape[1]:
         raise ValueError(
-            f"layer_weight must have one row for each of {inputs.shape[1]} features, got shape {tuple(layer_weight.shape)}"
+            f"layer_weight must have one row for each of {inputs.shape[1]} features, "
+            f"got shape {tuple(layer_weight.shape)}"
         )
     squares = layer_weight.flatten(1).square().sum(1)
     return batch_norm(inputs, weight, bias, eps * squares.view((-1,) if inputs.ndim == 2 else (-1, 1, 1)))
@@ -116,8 +117,8 @@ class BatchNorm(nn.Module):
 class NormalizedLayer(nn.Module):
     r"""A layer followed by ``invariant_batch_norm``: every row or filter of the layer is scale-invariant, for any eps.
 
-    With ``eps > 0`` its *inputs* have a scale that matters again: so has the joint :math:`(\gamma, \beta)` of the batch norm
-    in front of it.
+    With ``eps > 0`` its *inputs* have a scale that matters again: so has the joint :math:`(\gamma, \beta)` of the
+    batch norm in front of it.
 
     Attributes:
         layer: the layer; a bias of it has no effect.

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from device import LeftTheDevice, assert_stays_on_device
+from torch import nn
 
 from lib.backpropagation import LOGISTIC
 from lib.block_records import Recorder
@@ -15,7 +16,9 @@ from lib.ensemble import Ensemble
 from lib.factors import Factors
 from lib.losses import Squared
 from lib.networks import conv_net, feedforward, mlp, softmax_mean_square, split_parameters
-from lib.optimizers import BSUM, DSGD, SGD, NormSGD
+from lib.normalization import NormalizedLayer
+from lib.optimizers import BSUM, DSGD, SGD, IntrinsicSGD, NormSGD, ProjectedSGD, WNGrad
+from lib.scale_invariance import scale_invariant_groups
 from lib.surrogates import FirstOrder, SecondOrder, SparseFirstOrder, project_toeplitz
 from lib.training import Batches, train_step
 
@@ -113,6 +116,43 @@ def test_a_step_along_duality_maps_stays_on_its_device(layers, q, method, runs, 
             optimizer.step()
 
         assert_stays_on_device(step)
+
+
+@pytest.mark.parametrize("runs", [1, RUNS])
+@pytest.mark.parametrize("kind", ["sgd", "projected", "intrinsic", "wngrad"])
+def test_a_step_on_scale_invariant_blocks_stays_on_its_device(kind, runs):
+    """With every kind of block, the measured intrinsic gradient included."""
+    single = [
+        nn.Sequential(
+            *(nn.Linear(7, 6), nn.GroupNorm(2, 6, eps=0.0), nn.ReLU(), NormalizedLayer(nn.Linear(6, 5), 0.1)),
+            *(nn.Tanh(), *mlp((5, 4, 3), torch.Generator(), batch_norm=True, eps=0.0)),
+        )
+        for _ in range(runs)
+    ]
+    groups = scale_invariant_groups(single[0])
+    assert groups.rows
+    assert groups.matrices
+    assert groups.slices
+    network = (Ensemble(single) if runs > 1 else single[0]).to("meta")
+    rate = torch.ones(runs, device="meta") if runs > 1 else 1.0
+    x, y = torch.empty(8, 7, device="meta"), torch.empty(8, 3, device="meta")
+    parts = groups.parameter_groups(network, rate, 0.1)
+    optimizer = {
+        "sgd": lambda: SGD(parts, lr=0.1),
+        "projected": lambda: ProjectedSGD(parts),
+        "intrinsic": lambda: IntrinsicSGD(parts, G0=rate),
+        "wngrad": lambda: WNGrad(parts, b0=rate, accumulate="last", project=True),
+    }[kind]()
+
+    def step():
+        optimizer.zero_grad()
+        loss = network.losses(F.mse_loss, x, y).sum() if runs > 1 else F.mse_loss(network(x), y)
+        loss.backward()
+        groups.intrinsic_gradient(network)
+        groups.block_norms(network)
+        optimizer.step()
+
+    assert_stays_on_device(step)
 
 
 def test_the_check_catches_a_value_that_is_read():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lib.ensemble import Ensemble
-from lib.networks import Linear, conv_net, feedforward, mlp, softmax_mean_square, split_parameters
+from lib.networks import Linear, conv_net, feedforward, mlp, softmax_mean_square, split_parameters, vgg
 from lib.normalization import BatchNorm
 
 
@@ -149,3 +149,50 @@ def test_only_a_cpu_generator_is_taken(monkeypatch):
 def test_the_normalization_layers_share_the_given_regularizer():
     layers = [m for m in conv_net((1, 8, 8), (4,), seeded(), batch_norm=True, eps=0.0) if isinstance(m, BatchNorm)]
     assert [float(layer.eps) for layer in layers] == [0.0] * 4
+
+
+def test_vgg_is_the_network_of_appendix_d():
+    net = vgg((3, 32, 32), torch.Generator())
+    convolutions = [layer for layer in net if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [64] * 2 + [128] * 3 + [256] * 3 + [512] * 6
+    assert all(layer.kernel_size == (3, 3) and layer.stride == (1, 1) for layer in convolutions)
+    assert [layer.out_features for layer in net if isinstance(layer, nn.Linear)] == [512, 10]
+    assert kinds(net[:7]) == ["Conv2d", "BatchNorm", "ReLU"] * 2 + ["MaxPool2d"]
+    assert kinds(net[-6:]) == ["Flatten", "Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"]
+    assert all(layer.bias is None for layer in net if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    assert all(layer.eps == 0 for layer in net if isinstance(layer, BatchNorm))
+
+
+def test_vgg_without_batch_norm_has_biases_and_without_a_fifth_stage_takes_small_images():
+    net = vgg(
+        (1, 8, 8), torch.Generator(), width=2, depth=(1, 2), fc=5, classes=3, batch_norm=False, activation=nn.Tanh
+    )
+    assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    stages = ["Conv2d", "Tanh", "MaxPool2d", "Conv2d", "Tanh", "Conv2d", "Tanh", "MaxPool2d"]
+    assert kinds(net) == [*stages, "Flatten", "Linear", "Tanh", "Linear"]
+    assert all(not layer.bias.any() for layer in net if isinstance(layer, (nn.Conv2d, nn.Linear)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_shape": (3, 16, 32)}, r"image_shape must be at least 32 pixels .* got \(3, 16, 32\)"),
+        ({"depth": ()}, r"depth must be at least one positive number of convolutions, got \(\)"),
+        ({"depth": (2, 0)}, r"depth must be .* got \(2, 0\)"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"fc": -1}, "fc must be at least 1, got -1"),
+    ],
+)
+def test_bad_arguments_of_vgg_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        vgg(**{"image_shape": (3, 32, 32), "generator": torch.Generator(), **settings})
+
+
+def test_layers_can_have_no_biases_and_the_weights_stay_the_same():
+    for make in (
+        lambda bias: mlp((4, 3, 2), torch.Generator().manual_seed(0), batch_norm=True, bias=bias),
+        lambda bias: conv_net((1, 4, 4), (3,), torch.Generator().manual_seed(0), bias=bias),
+    ):
+        with_biases, without = (dict(make(bias).named_parameters()) for bias in (True, False))
+        assert set(without) < set(with_biases)
+        assert all(torch.equal(value, with_biases[name]) for name, value in without.items())

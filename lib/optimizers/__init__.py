@@ -6,6 +6,9 @@ serves a single network and an ``Ensemble``; a setting that differs between the 
 
 from lib.optimizers.bsum import BSUM
 from lib.optimizers.dsgd import DSGD, NormSGD
+from lib.optimizers.intrinsic import IntrinsicSGD
+from lib.optimizers.projected import ProjectedSGD
 from lib.optimizers.sgd import SGD
+from lib.optimizers.wngrad import WNGrad
 
-__all__ = ["BSUM", "DSGD", "NormSGD", "SGD"]
+__all__ = ["BSUM", "DSGD", "IntrinsicSGD", "NormSGD", "ProjectedSGD", "SGD", "WNGrad"]

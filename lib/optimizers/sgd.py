@@ -40,12 +40,15 @@ class SGD(Optimizer):
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            lr = group["lr"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if isinstance(lr, Tensor):
-                    rate = lr.view(-1, *[1] * (parameter.ndim - 1))
-                    parameter.addcmul_(parameter.grad, rate, value=-1)
-                else:
-                    parameter.add_(parameter.grad, alpha=-lr)
+            self._step_plainly(group)
+
+    def _step_plainly(self, group: dict) -> None:
+        lr = group["lr"]
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if isinstance(lr, Tensor):
+                rate = lr.view(-1, *[1] * (parameter.ndim - 1))
+                parameter.addcmul_(parameter.grad, rate, value=-1)
+            else:
+                parameter.add_(parameter.grad, alpha=-lr)
