@@ -346,8 +346,10 @@ def test_an_experiment_with_another_verdict_on_the_same_data_disagrees(tmp_path,
     assert "published as 'reproduced' at smoke, now 'not reproduced'" in problems[0]
 
 
-def test_a_timing_is_not_compared_with_that_of_another_machine(tmp_path, registry):
-    registry = ledger.registry.Registry([replace(registry[name], timing=name == "toy-figure") for name in registry])
+def test_what_varies_is_not_compared_with_another_machine(tmp_path, registry):
+    registry = ledger.registry.Registry(
+        [replace(registry[name], varies="by timing" * (name == "toy-figure")) for name in registry]
+    )
     tables = []
     for name, check in (("a", PASS), ("b", FAIL)):
         book = ledger.open_ledger(runtime.start("toy", profile="smoke", ledger_dir=tmp_path / name), registry)

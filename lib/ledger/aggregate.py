@@ -132,7 +132,7 @@ def compare(fresh: pd.DataFrame, reference: pd.DataFrame, registry: Registry | N
 
     Rows are compared where claim, profile and data are equal. A different verdict is a disagreement; so is a statement
     (an exact claim) that was decided and is now undecided, open, or gone. An experiment that is undecided in the fresh
-    run, for want of data, is not, and a timing may come out differently on another machine.
+    run, for want of data, is not, nor is an experiment whose verdict ``varies`` between machines.
     """
     registry = load_registry() if registry is None else registry
     rows = {(r.claim, r.profile): r for r in fresh.itertuples()}
@@ -151,7 +151,7 @@ def compare(fresh: pd.DataFrame, reference: pd.DataFrame, registry: Registry | N
             if exact:
                 problems.append(f"{old.claim}: published as {old.verdict!r} at {old.profile}, now {verdict!r}")
             continue
-        if new.data != old.data or registry[old.claim].timing:
+        if new.data != old.data or registry[old.claim].varies:
             continue
         compared += 1
         if verdict != old.verdict:

@@ -74,7 +74,7 @@ def card(claim: Claim, record: dict[str, Any]) -> str:
         f"<div>{badge(record['verdict'])} <b>{text(claim.where)}</b> "
         f'<code style="font-size:85%;opacity:.8">{claim.id}</code></div>'
         f'<ul style="margin:.35em 0 .2em 1.1em;padding:0">{checks}</ul>'
-        f"{_reason(record)}{_erratum(claim, record)}"
+        f"{_notes(claim, record)}{_erratum(claim, record)}"
         f'<details style="font-size:92%"><summary>what is claimed and how it is checked</summary>{"".join(unfold)}'
         f'<p style="opacity:.8">{html.escape(facts)}</p></details></div>'
     )
@@ -85,11 +85,12 @@ def family(title: str, pairs: Iterable[tuple[Claim, dict[str, Any]]]) -> str:
     rows = []
     for claim, record in pairs:
         checks = "".join(_check_item(check) for check in record["checks"])
+        below = f"{_notes(claim, record)}{_erratum(claim, record)}"
         rows.append(
             f'<tr id="{anchor(claim.id)}"><td>{badge(record["verdict"])}<br><b>{text(claim.where)}</b>'
             f'<br><code style="font-size:80%;opacity:.8">{claim.id}</code></td>'
             f'<td style="text-align:left">{text(claim.statement)}'
-            f'<ul style="margin:.3em 0 0 .6em;padding:0">{checks}</ul>{_reason(record)}{_erratum(claim, record)}</td></tr>'
+            f'<ul style="margin:.3em 0 0 .6em;padding:0">{checks}</ul>{below}</td></tr>'
         )
     return _table(title, {"verdict": "11em", "claim and evidence": "auto"}, rows)
 
@@ -133,10 +134,14 @@ def _check_item(check: dict[str, Any]) -> str:
     return f'<li style="list-style:none"><b>{mark}</b> {text(check["text"])}{role}{exact}</li>'
 
 
-def _reason(record: dict[str, Any]) -> str:
-    if record["verdict"] != UNDECIDED:
-        return ""
-    return f'<div style="font-size:92%"><b>Undecided:</b> {text(record["reason"])}</div>'
+def _notes(claim: Claim, record: dict[str, Any]) -> str:
+    """Why the claim is undecided, and why its verdict may differ between machines."""
+    notes = []
+    if record["verdict"] == UNDECIDED:
+        notes.append(f"<b>Undecided:</b> {text(record['reason'])}")
+    if claim.varies:
+        notes.append(f"<b>May differ between machines:</b> {text(claim.varies)}")
+    return "".join(f'<div style="font-size:92%">{note}</div>' for note in notes)
 
 
 def _erratum(claim: Claim, record: dict[str, Any]) -> str:

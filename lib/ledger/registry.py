@@ -43,7 +43,7 @@ SCHEMA: dict[str, Any] = {
             "check": {"type": "string", "minLength": 1},
             "weight": {"type": "integer", "minimum": 1, "maximum": 5},
             "experiment": {"type": "boolean"},
-            "timing": {"type": "boolean"},
+            "varies": {"type": "string", "minLength": 1},
             "reported": {"type": "string"},
             "settings": {"type": ["string", "object"]},
             "cost": {"type": "string"},
@@ -77,7 +77,8 @@ class Erratum:
 class Claim:
     """One entry of the registry. An ``experiment`` is judged by its findings, a statement by its checks.
 
-    The verdict of a ``timing`` experiment may differ between machines: it is not compared with the published one.
+    ``varies`` says why the verdict of an experiment may differ between machines, by running time or by rounding that a
+    training run amplifies: it is not compared with the published one.
     """
 
     id: str
@@ -88,7 +89,7 @@ class Claim:
     check: str
     weight: int
     experiment: bool = False
-    timing: bool = False
+    varies: str = ""
     reported: str = ""
     settings: Any = None
     cost: str = ""

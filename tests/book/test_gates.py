@@ -70,7 +70,9 @@ def test_changed_data_executes_the_chapter_that_lists_it(built, change, tmp_path
 
 
 def test_a_failing_cell_fails_the_build_and_is_named(built, change):
-    change("book/6_synthesis.ipynb", lambda text: with_cell(text, "raise RuntimeError('broken on purpose')", ["my-tag"]))
+    change(
+        "book/6_synthesis.ipynb", lambda text: with_cell(text, "raise RuntimeError('broken on purpose')", ["my-tag"])
+    )
     before = (built.folder / "_build/html/book/6_synthesis.html").read_bytes()
     done = built.snakemake()
     assert done.returncode != 0
