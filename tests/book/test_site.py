@@ -13,8 +13,8 @@ from lib import ledger
 
 pytestmark = [pytest.mark.gate, pytest.mark.browser]
 
-CHAPTERS = ["3_bngd", "4_bsum", "5_dsgd"]
-PAGES = ["index", "1_dbn", *CHAPTERS, "7_scoreboard", "8_errata", "library", "notation", "reproduce"]
+CHAPTERS = ["1_dbn", "2_autorate", "3_bngd", "4_bsum", "5_dsgd"]
+PAGES = ["index", *CHAPTERS, "6_synthesis", "7_scoreboard", "8_errata", "library", "notation", "reproduce"]
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 
 
