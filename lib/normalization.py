@@ -236,25 +236,24 @@ class DiminishingBatchNorm(nn.Module):
         return self.scale * m.pow(-self.exponent) if self.function is None else self.function(m)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.ndim not in (2, 4) or inputs.shape[1] != self.num_features:
-            expected = f"(N, {self.num_features}) or (N, {self.num_features}, H, W)"
-            raise ValueError(f"inputs must have shape {expected}, got {tuple(inputs.shape)}")
-        over, per_feature = ((0,), (-1,)) if inputs.ndim == 2 else ((0, 2, 3), (-1, 1, 1))
+        over, per_feature = self._axes(inputs)
         mean, std = (
             self._averages(inputs, over, per_feature) if self.training else (self.running_mean, self.running_std)
         )
         gain = self.weight / (std + self.eps)
         return torch.addcmul((self.bias - gain * mean).view(per_feature), inputs, gain.view(per_feature))
 
+    def _axes(self, inputs: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if inputs.ndim not in (2, 4) or inputs.shape[1] != self.num_features:
+            expected = f"(N, {self.num_features}) or (N, {self.num_features}, H, W)"
+            raise ValueError(f"inputs must have shape {expected}, got {tuple(inputs.shape)}")
+        return ((0,), (-1,)) if inputs.ndim == 2 else ((0, 2, 3), (-1, 1, 1))
+
     def _averages(self, inputs: Tensor, over: tuple[int, ...], per_feature: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
             mean = inputs.mean(over)
             variance = (inputs - mean.view(per_feature)).square().mean(over)
-            if self.through:  # a unit that is constant on the batch has no derivative: take zero
-                positive = variance > 0
-                std = torch.where(positive, variance, 1.0).sqrt() * positive
-            else:
-                std = variance.sqrt()
+            std = _deviation(variance) if self.through else variance.sqrt()
             alpha = self.alpha((self.num_batches_tracked + 1).to(inputs.dtype))
             mean = self.running_mean + alpha * (mean - self.running_mean)
             std = self.running_std + alpha * (std - self.running_std)
@@ -267,6 +266,76 @@ class DiminishingBatchNorm(nn.Module):
     def extra_repr(self) -> str:
         settings = f"{self.num_features}, eps={self.eps:g}, through={self.through}"
         return settings if self.function is None else f"{settings}, alpha={self.function!r}"
+
+
+class BatchRenorm(DiminishingBatchNorm):
+    r"""Batch renormalization: the forward pass of ``DiminishingBatchNorm``, the gradient of batch norm.
+
+    With mean :math:`\mu_B` and deviation :math:`\sigma_B` of the batch, and the averages :math:`\mu, \sigma` after
+    their update,
+
+    .. math::
+        y = \gamma \Big(\frac{x - \mu_B}{\sigma_B + \epsilon}\, r + d\Big) + \beta, \qquad
+        r = \frac{\sigma_B + \epsilon}{\sigma + \epsilon}, \quad d = \frac{\mu_B - \mu}{\sigma + \epsilon},
+
+    where r and d are constants for the gradient, which passes through :math:`\mu_B, \sigma_B`. r is clipped to
+    :math:`[1/r_{max}, r_{max}]` and d to :math:`[-d_{max}, d_{max}]`; over the first ``ramp`` batches the limits grow
+    linearly from 1 and 0, which is batch norm, to ``r_max`` and ``d_max``. In evaluation it is a ``DiminishingBatchNorm``.
+
+    Args:
+        num_features: number of features or channels :math:`C`.
+        alpha: weight of a batch in the averages, as in ``DiminishingBatchNorm``.
+        eps: regularizer :math:`\epsilon \ge 0` added to the standard deviation.
+        r_max: limit of r.
+        d_max: limit of d.
+        ramp: number of batches over which the limits grow.
+
+    Raises:
+        ValueError: as ``DiminishingBatchNorm``; if ``r_max`` is below 1, ``d_max`` below 0, or ``ramp`` below 1.
+
+    Source: Ioffe (2017), Algorithm 1, with the deviation averaged in place of the variance.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float | schedules.Power | Callable[[Tensor], Tensor] = 0.01,
+        eps: float = 1e-5,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        ramp: int = 1,
+    ):
+        super().__init__(num_features, alpha, eps)
+        for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0), ("ramp", ramp, 1)):
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.r_max, self.d_max = r_max, d_max
+        self.register_buffer("ramp", torch.tensor(float(ramp)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(inputs)
+        over, per_feature = self._axes(inputs)
+        mu, sigma = self._averages(inputs, over, per_feature)
+        mean = inputs.mean(over)
+        centered = inputs - mean.view(per_feature)
+        std = _deviation(centered.square().mean(over)) + self.eps
+        share = (self.num_batches_tracked / self.ramp).clamp(max=1)
+        r_max, d_max = 1 + (self.r_max - 1) * share, self.d_max * share
+        r = (std / (sigma + self.eps)).detach().clamp(min=1 / r_max, max=r_max)
+        d = ((mean - mu) / (sigma + self.eps)).detach().clamp(min=-d_max, max=d_max)
+        gain, offset = self.weight * r / std, self.bias + self.weight * d
+        return torch.addcmul(offset.view(per_feature), centered, gain.view(per_feature))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r_max={self.r_max:g}, d_max={self.d_max:g}"
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    """The root of a variance; where that is zero its derivative does not exist and is taken to be zero."""
+    positive = variance > 0
+    return torch.where(positive, variance, 1.0).sqrt() * positive
 
 
 @torch.no_grad()

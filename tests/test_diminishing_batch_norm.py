@@ -6,7 +6,7 @@ from torch import nn
 
 from lib import networks, schedules
 from lib.ensemble import Ensemble
-from lib.normalization import DiminishingBatchNorm, recompute_statistics
+from lib.normalization import BatchRenorm, DiminishingBatchNorm, recompute_statistics
 from lib.optimizers import SGD
 from lib.training import Batches, train
 
@@ -218,3 +218,50 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_bad_inputs_are_named(shape):
     with pytest.raises(ValueError, match=r"inputs must have shape \(N, 3\) or \(N, 3, H, W\), got"):
         DiminishingBatchNorm(3)(torch.zeros(shape))
+
+
+def test_unclipped_batch_renormalization_has_the_forward_pass_of_averages():
+    ours, peer = BatchRenorm(3, 0.2, r_max=1e9, d_max=1e9).double(), DiminishingBatchNorm(3, 0.2).double()
+    for x in batches((7, 3)):
+        torch.testing.assert_close(ours(x), peer(x), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ours.running_std, peer.running_std)
+    ours.eval(), peer.eval()
+    torch.testing.assert_close(ours(x), peer(x))
+
+
+def test_batch_renormalization_with_tight_limits_is_batch_norm():
+    x, upstream = batches((7, 3))[1], batches((7, 3), seed=5)[0]
+    results = []
+    for layer in (BatchRenorm(3, 0.2, eps=0.0, r_max=1.0, d_max=0.0), nn.BatchNorm1d(3, eps=1e-300)):
+        inputs = x.clone().requires_grad_()
+        out = layer.double()(inputs)
+        results.append((out.detach(), torch.autograd.grad(out, inputs, upstream)[0]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_of_batch_renormalization_by_differences():
+    """r and d held at their values; the statistics of the batch move."""
+    x, upstream = batches((6, 2))[2], batches((6, 2), seed=9)[0]
+    layer = BatchRenorm(2, 0.5, eps=0.01).double()
+    inputs = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(layer(inputs), inputs, upstream)
+    std, mean = x.std(0, correction=0) + 0.01, x.mean(0)
+    sigma = layer.running_std + 0.01
+    r = (std / sigma).clamp(1 / 3, 3)
+    d = ((mean - layer.running_mean) / sigma).clamp(-5, 5)
+
+    def frozen(u):
+        return (((u - u.mean(0)) / (u.std(0, correction=0) + 0.01) * r + d) * upstream).sum().item()
+
+    h = 1e-6
+    for n, c in ((0, 0), (4, 1)):
+        shift = torch.zeros_like(x)
+        shift[n, c] = h
+        slope = (frozen(x + shift) - frozen(x - shift)) / (2 * h)
+        assert found[n, c].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize(("name", "value"), [("r_max", 0.5), ("d_max", -1.0), ("ramp", 0), ("r_max", float("nan"))])
+def test_bad_limits_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        BatchRenorm(3, **{name: value})
