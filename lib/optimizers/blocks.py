@@ -48,6 +48,11 @@ class Unit(NamedTuple):
         for parameter in self.parameters:
             parameter.mul_(self.spread(factors, parameter))
 
+    def normalize(self) -> None:
+        """Divide every block by its norm, in place; one without length stays."""
+        norms = self.squares(self.parameters).sqrt()
+        self.scale(ratio(torch.ones_like(norms), norms))
+
 
 def cut(parameters: Sequence[Tensor], blocks: str | int, stacked: bool) -> list[Unit]:
     """The units of a group.
@@ -89,6 +94,21 @@ class BlockSGD(SGD):
         group["stacked"] = group["stacked"] or isinstance(group["lr"], Tensor)
         if group["blocks"] is not None:
             cut(group["params"], group["blocks"], group["stacked"])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            if group["blocks"] is None:
+                self._step_plainly(group)
+                continue
+            lr = self._rate(group)
+            for unit in self._units(group):
+                self._update(group, unit, lr)
+
+    def _update(self, group: dict, unit: Unit, lr: Tensor | float) -> None:
+        """One step of the blocks of ``unit``, at the rate ``lr`` of their group."""
+        raise NotImplementedError
 
     def _units(self, group: dict) -> Iterator[Unit]:
         """The units of a group all of whose parameters have a gradient."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lib.optimizers.blocks import BlockSGD, ratio
+from lib.optimizers.blocks import BlockSGD, Unit, ratio
 
 
 class IntrinsicSGD(BlockSGD):
@@ -43,27 +43,18 @@ class IntrinsicSGD(BlockSGD):
         """The present G of every block, ``(k,)`` or ``(S, k)`` by parameter or joint block, in order; [] at first."""
         return [state["G"] for state in self.state.values() if "G" in state]
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            if group["blocks"] is None:
-                self._step_plainly(group)
-                continue
-            lr = self._rate(group)
-            for unit in self._units(group):
-                state = self.state[unit.parameters[0]]
-                gradients = [parameter.grad for parameter in unit.parameters]
-                if "G" not in state:
-                    squares = unit.squares(unit.parameters)
-                    norms = squares.sqrt()
-                    unit.scale(ratio(torch.ones_like(norms), norms))
-                    gradients = [gradient * unit.spread(norms, gradient) for gradient in gradients]
-                    state["G"] = squares if group["G0"] is None else torch.zeros_like(squares) + self._rate(group, "G0")
-                # A block without length has no direction to turn, and stays.
-                rates = torch.where(state["G"] > 0, lr / state["G"], 0.0)
-                state["G"] = state["G"] + lr * rates * unit.squares(gradients)
-                for parameter, gradient in zip(unit.parameters, gradients, strict=True):
-                    parameter.addcmul_(gradient, unit.spread(rates, parameter), value=-1)
-                norms = unit.squares(unit.parameters).sqrt()
-                unit.scale(ratio(torch.ones_like(norms), norms))
+    def _update(self, group: dict, unit: Unit, lr: Tensor | float) -> None:
+        state = self.state[unit.parameters[0]]
+        gradients = [parameter.grad for parameter in unit.parameters]
+        if "G" not in state:
+            squares = unit.squares(unit.parameters)
+            norms = squares.sqrt()
+            unit.scale(ratio(torch.ones_like(norms), norms))
+            gradients = [gradient * unit.spread(norms, gradient) for gradient in gradients]
+            state["G"] = squares if group["G0"] is None else torch.zeros_like(squares) + self._rate(group, "G0")
+        # A block without length has no direction to turn, and stays.
+        rates = torch.where(state["G"] > 0, lr / state["G"], 0.0)
+        state["G"] = state["G"] + lr * rates * unit.squares(gradients)
+        for parameter, gradient in zip(unit.parameters, gradients, strict=True):
+            parameter.addcmul_(gradient, unit.spread(rates, parameter), value=-1)
+        unit.normalize()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lib.optimizers.blocks import BlockSGD, ratio
+from lib.optimizers.blocks import BlockSGD, Unit
 
 ORDERS = ("first", "last")
 
@@ -56,25 +56,16 @@ class WNGrad(BlockSGD):
         super().add_param_group(param_group)
         self._check_start("b0")
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            if group["blocks"] is None:
-                self._step_plainly(group)
-                continue
-            lr = self._rate(group)
-            for unit in self._units(group):
-                gradients = [parameter.grad for parameter in unit.parameters]
-                squares = unit.squares(gradients)
-                state = self.state[unit.parameters[0]]
-                if "b" not in state:
-                    state["b"] = torch.zeros_like(squares) + self._rate(group, "b0")
-                old = state["b"]
-                state["b"] = old + lr**2 * squares / old
-                rates = lr / (state["b"] if self.accumulate == "first" else old)
-                for parameter, gradient in zip(unit.parameters, gradients, strict=True):
-                    parameter.addcmul_(gradient, unit.spread(rates, parameter), value=-1)
-                if self.project:
-                    norms = unit.squares(unit.parameters).sqrt()
-                    unit.scale(ratio(torch.ones_like(norms), norms))
+    def _update(self, group: dict, unit: Unit, lr: Tensor | float) -> None:
+        gradients = [parameter.grad for parameter in unit.parameters]
+        squares = unit.squares(gradients)
+        state = self.state[unit.parameters[0]]
+        if "b" not in state:
+            state["b"] = torch.zeros_like(squares) + self._rate(group, "b0")
+        old = state["b"]
+        state["b"] = old + lr**2 * squares / old
+        rates = lr / (state["b"] if self.accumulate == "first" else old)
+        for parameter, gradient in zip(unit.parameters, gradients, strict=True):
+            parameter.addcmul_(gradient, unit.spread(rates, parameter), value=-1)
+        if self.project:
+            unit.normalize()
